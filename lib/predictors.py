@@ -1,0 +1,222 @@
+"""Logit predictors: features in, bias logits out.
+
+A predictor is built from hyper-parameters, learns from a task with `fit(task) -> self` and turns any split into
+bias logits with `logits(split) -> [n, C]`. A second `fit` forgets the first; what was learned ends in `_`.
+Labels are read from `task.support` alone, and from `task.val` where a docstring says that something is chosen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from lib import fusion, training
+from lib.tasks import FewShotTask, Split
+
+
+class Predictor:
+    """What every predictor shares: its features, and the loops that cleverer predictors replace by one pass."""
+
+    features: str
+
+    def fit(self, task: FewShotTask) -> Self:
+        """Learn from the support; forget whatever was learned before."""
+        raise NotImplementedError
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        """Return the bias logits of each row."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
+        """Fit one predictor for each set of hyper-parameters."""
+        return [cls(**setting).fit(task) for setting in settings]
+
+    def logits_grid(
+        self, split: Split, settings: Sequence[Mapping[str, object]]
+    ) -> Iterator[Float[Tensor, "n C"]]:
+        """Yield the logits under each set of hyper-parameters that act after the fit."""
+        kept = dict(vars(self))
+        for setting in settings:
+            vars(self).update(setting)
+            yield self.logits(split)
+        vars(self).update(kept)
+
+
+class NoPredictor(Predictor):
+    """No bias at all: zero-shot CLIP."""
+
+    def __init__(self, features: str = "clip") -> None:
+        self.features = features
+
+    def fit(self, task: FewShotTask) -> Self:
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        return torch.zeros_like(split.zero_shot)
+
+
+class LinearProbe(Predictor):
+    """Multinomial logistic regression on the features, without knowledge of the texts.
+
+    Args:
+        features: `clip`, `aux` or `clip+aux`.
+        inverse_penalty: scikit-learn's `C`, the inverse of the L2 penalty, above 0.
+
+    Source: the linear probe of CLIP (Radford et al., 2021), solved by scikit-learn's L-BFGS.
+    """
+
+    def __init__(self, features: str = "clip", inverse_penalty: float = 10.0) -> None:
+        self.features = features
+        self.inverse_penalty = inverse_penalty
+
+    def fit(self, task: FewShotTask) -> Self:
+        model = LogisticRegression(C=self.inverse_penalty, max_iter=1000)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # one shot per class
+            warnings.simplefilter("error", ConvergenceWarning)
+            model.fit(task.support.features(self.features).double().numpy(), task.support.y.numpy())
+        self.weight_ = torch.from_numpy(model.coef_).float()
+        self.intercept_ = torch.from_numpy(model.intercept_).float()
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        return split.features(self.features) @ self.weight_.T + self.intercept_
+
+
+class MultiBranchHead(Predictor):
+    """AMU-Tuning's linear head `W g`, trained on an auxiliary and a fused branch.
+
+        loss = (1 - lam) CE(a, y) + lam CE(s0 + beta u(s0) a, y),    a = W g or its z-score
+
+    Args:
+        features: `clip`, `aux` or `clip+aux`.
+        init: where W starts: `mean` (class means), `zero`, `random` (PyTorch's linear layer), or `text`
+            (class texts; for features `clip` only).
+        lam: weight of the fused branch in [0, 1].
+        beta, confidence, rho, on, constant: the fusion inside the second branch, see `fusion.uncertain`.
+        standardised: z-score the bias logits of each image, in both branches and in what `logits` returns.
+        lr, weight_decay, epochs, batch_size: of AdamW (eps 1e-4) with a cosine per step.
+        select_epoch: keep the weights of the epoch with the best fused accuracy on `task.val` (the first of equals)
+            instead of the last; without validation images the last epoch is kept.
+        keep_epochs: leave the weights after each epoch in `epoch_weights_`, for training curves.
+
+    If the task has augmented views, each visit of an image shows one of them at random.
+
+    Source: AMU-Tuning, eq. 6-11, and repository TJU-sjyj/AMU-Tuning.
+    """
+
+    def __init__(
+        self,
+        features: str = "aux",
+        init: str = "mean",
+        lam: float = 0.5,
+        beta: float = 1.0,
+        confidence: str = "kurtosis",
+        rho: float = 0.4,
+        on: str = "logits",
+        constant: float = 1.0,
+        standardised: bool = False,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        epochs: int = 50,
+        batch_size: int = 8,
+        select_epoch: bool = False,
+        keep_epochs: bool = False,
+    ) -> None:
+        vars(self).update({name: value for name, value in locals().items() if name not in ("self", "__class__")})
+
+    def fit(self, task: FewShotTask) -> Self:
+        self._fit_together(task, [self])
+        return self
+
+    @classmethod
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
+        """Fit all heads in one loop; they must share what shapes the loop (features, epochs, batch size, z-score)."""
+        heads = [cls(**setting) for setting in settings]
+        shared = ("features", "epochs", "batch_size", "standardised")
+        groups: dict[tuple, list[Self]] = {}
+        for head in heads:
+            groups.setdefault(tuple(getattr(head, name) for name in shared), []).append(head)
+        for group in groups.values():
+            cls._fit_together(task, group)
+        return heads
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        return self.branches(split, self.weight_)[0]
+
+    def branches(self, split: Split, weight: Float[Tensor, "C D"]) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
+        """Return the logits of the auxiliary and of the fused branch under any weights, an epoch's for instance."""
+        bias = split.features(self.features) @ weight.T
+        bias = fusion.standardise(bias) if self.standardised else bias
+        return bias, split.zero_shot + self.beta * self._factor(split)[:, None] * bias
+
+    def accuracy(self, split: Split, weight: Float[Tensor, "C D"]) -> float:
+        """Return the share of images, in [0, 1], that the fused branch gets right under the given weights."""
+        return (self.branches(split, weight)[1].argmax(1) == split.y).float().mean().item()
+
+    @staticmethod
+    def _fit_together(task: FewShotTask, heads: Sequence[MultiBranchHead]) -> None:
+        first, views = heads[0], task.views or (task.support,)
+        generator = torch.Generator().manual_seed(task.seed)
+        orders = training.epoch_orders(len(task.support), first.epochs, generator)
+        picks = torch.randint(len(views), orders.shape, generator=generator)
+        for head in heads:
+            head.weight_ = initial_weight(task, head.features, head.init)
+            head.epoch_weights_ = []
+
+        def keep(epoch: int, weight: Float[Tensor, "B C D"]) -> None:
+            for i, head in enumerate(heads):
+                head.epoch_weights_.append(weight[i].clone())
+
+        following = any(head.keep_epochs or (head.select_epoch and task.val is not None) for head in heads)
+        trained = training.train_heads(
+            torch.stack([view.features(first.features) for view in views]),
+            torch.stack([view.zero_shot for view in views]),
+            task.support.y,
+            torch.stack([head.weight_ for head in heads]),
+            orders.expand(len(heads), -1, -1),
+            lr=[head.lr for head in heads],
+            weight_decay=[head.weight_decay for head in heads],
+            lam=[head.lam for head in heads],
+            beta=[head.beta for head in heads],
+            factor=torch.stack([torch.stack([head._factor(view) for view in views]) for head in heads]),
+            standardised=first.standardised,
+            batch_size=first.batch_size,
+            picks=picks.expand(len(heads), -1, -1) if len(views) > 1 else None,
+            on_epoch=keep if following else None,
+        )
+        for i, head in enumerate(heads):
+            head.losses_, head.weight_ = trained.losses[i], trained.weight[i]
+            if head.select_epoch and task.val is not None:
+                head.weight_ = max(head.epoch_weights_, key=lambda weight: head.accuracy(task.val, weight))
+            if not head.keep_epochs:
+                head.epoch_weights_ = []
+
+    def _factor(self, split: Split) -> Float[Tensor, " n"]:
+        return fusion.uncertainty(split.zero_shot, self.confidence, self.rho, self.on, self.constant)
+
+
+def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor, "C D"]:
+    """Return where a linear head starts: `mean`, `zero`, `random` (uniform within 1/sqrt(D), seeded) or `text`."""
+    x = task.support.features(features)
+    if init == "mean":
+        return training.class_means(x, task.support.y, task.num_classes)
+    if init == "zero":
+        return torch.zeros(task.num_classes, x.shape[1])
+    if init == "random":
+        generator = torch.Generator().manual_seed(task.seed)
+        return (2 * torch.rand(task.num_classes, x.shape[1], generator=generator) - 1) / x.shape[1] ** 0.5
+    if init == "text":
+        if features != "clip":
+            raise ValueError(f"only clip features share a space with the texts; init 'text' cannot start on {features!r}")
+        return task.text.clone()
+    raise ValueError(f"init is one of mean, zero, random, text, not {init!r}")
