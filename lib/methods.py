@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Self
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -122,7 +121,9 @@ class Method:
         """Learn from the support and choose hyper-parameters as the protocol says; test labels are out of reach."""
         tuning = task.for_tuning(self.protocol)
         fixed = self.entry.arguments() | self.overrides
-        refit, grid = ([], []) if self.protocol == "fixed" else (self._open(self.entry.refit), self._open(self.entry.grid))
+        refit, grid = (
+            ([], []) if self.protocol == "fixed" else (self._open(self.entry.refit), self._open(self.entry.grid))
+        )
         candidates = list(_settings(dict(refit)))
         fitted = self.entry.predictor.fit_many(
             tuning, [_for(self.entry.predictor, fixed | candidate) for candidate in candidates]

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -40,9 +39,7 @@ class Predictor:
         """Fit one predictor for each set of hyper-parameters."""
         return [cls(**setting).fit(task) for setting in settings]
 
-    def logits_grid(
-        self, split: Split, settings: Sequence[Mapping[str, object]]
-    ) -> Iterator[Float[Tensor, "n C"]]:
+    def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
         """Yield the logits under each set of hyper-parameters that act after the fit."""
         kept = dict(vars(self))
         for setting in settings:
@@ -217,6 +214,8 @@ def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor,
         return (2 * torch.rand(task.num_classes, x.shape[1], generator=generator) - 1) / x.shape[1] ** 0.5
     if init == "text":
         if features != "clip":
-            raise ValueError(f"only clip features share a space with the texts; init 'text' cannot start on {features!r}")
+            raise ValueError(
+                f"only clip features share a space with the texts; init 'text' cannot start on {features!r}"
+            )
         return task.text.clone()
     raise ValueError(f"init is one of mean, zero, random, text, not {init!r}")

@@ -177,7 +177,9 @@ def _loss_and_gradient(weight, features, zero_shot, hot, lam, strength, standard
     log_q = torch.addcmul(zero_shot, strength[..., None], bias).log_softmax(-1)
     fused, auxiliary = (-(hot * log).sum(-1).mean(-1) for log in (log_q, log_p))
     size = hot.shape[1]
-    grad = ((1 - lam) / size)[..., None] * (log_p.exp() - hot) + (lam * strength / size)[..., None] * (log_q.exp() - hot)
+    grad = ((1 - lam) / size)[..., None] * (log_p.exp() - hot) + (lam * strength / size)[..., None] * (
+        log_q.exp() - hot
+    )
     if standardised:
         along = (grad * bias).sum(-1, keepdim=True) / (bias.shape[-1] - 1)
         grad = (grad - grad.mean(-1, keepdim=True) - bias * along) / std
