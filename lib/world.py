@@ -6,28 +6,20 @@ Whatever an evaluation reads comes from `render` and `digits`; whatever an encod
 Every pixel follows from an explicit numpy Generator, so the same call gives the same bytes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-IMAGE_SIZE = 48
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring",
-          "heart", "crescent", "hexagon", "arrow", "diamond", "drop")  # fmt: skip
-TEXTURES = ("plain", "striped", "dotted", "checkered", "zigzag", "speckled")
-NOVEL_SHAPES = ("pentagon", "bowtie", "clover", "pill")
-NOVEL_TEXTURES = ("ringed", "hatched")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "white", "gray")
+from lib import drawing
+from lib.drawing import CORRUPTIONS, IMAGE_SIZE
+
+SHAPES, NOVEL_SHAPES = drawing.SHAPES[:12], drawing.SHAPES[12:]
+TEXTURES, NOVEL_TEXTURES = drawing.TEXTURES[:6], drawing.TEXTURES[6:]
+COLOURS = tuple(drawing.PALETTE)
 CLASSNAMES = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES)
 # A novel class shares at most one of its two factors with a known class.
 NOVEL_CLASSNAMES = tuple(
@@ -39,42 +31,13 @@ DIGIT_TEMPLATES = ("the digit {}.", "a photo of the digit {}.", "the number {}."
 DIGIT_CLASSNAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "val", "test")
 IMAGES_PER_CLASS = {"train": 32, "val": 8, "test": 28}
-CORRUPTIONS = ("noise", "blur", "contrast", "pixels", "occlusion")
 VERSIONS = ("shapes", "shapes-v2", "shapes-sketch",
             *(f"shapes-corrupted-{severity}" for severity in range(1, 6)),
             "shapes-novel", "shapes-spurious")  # fmt: skip
 SPURIOUS_AGREEMENT = 0.9  # share of train and val images whose background goes with their texture
 
-_PALETTE = np.array(
-    [[.85, .13, .13], [.96, .55, .10], [.95, .88, .15], [.15, .65, .22], [.15, .30, .85],
-     [.52, .18, .70], [.97, .55, .75], [.48, .29, .13], [.96, .96, .96], [.50, .50, .50]], np.float32
-)  # fmt: skip
-_ALL_SHAPES, _ALL_TEXTURES = SHAPES + NOVEL_SHAPES, TEXTURES + NOVEL_TEXTURES
 _SPURIOUS_BACKGROUNDS = (COLOURS.index("green"), COLOURS.index("blue"))
 _EVALUATION, _PRETRAINING = 1, 2  # the first word of every seed; no stream of one family is in the other
-_CHUNK = 192  # images drawn at once: the working set stays in the processor's cache
-_AXIS = ((np.arange(IMAGE_SIZE) + 0.5) * 2 / IMAGE_SIZE - 1).astype(np.float32)
-
-
-class Style(NamedTuple):
-    """How a scene is drawn; lengths are shares of the frame, angles in radians, grey levels in 0..1."""
-
-    rotation: float = 0.5
-    size: tuple[float, float] = (0.6, 0.95)
-    aspect: float = 0.12
-    frequency: tuple[float, float] = (7.0, 10.0)
-    contrast: tuple[float, float] = (0.35, 0.7)
-    clutter: float = 0.25
-    noise: float = 0.05
-    occluded: float = 0.3
-    outline: float = 0.0
-    ink: bool = False
-
-
-PHOTO = Style()
-REDRAWN = Style(rotation=0.8, size=(0.5, 0.8), aspect=0.25, frequency=(8.0, 12.0), clutter=0.4, noise=0.07,
-                occluded=0.4, outline=0.07)  # fmt: skip
-SKETCH = Style(clutter=0.0, noise=0.03, occluded=0.0, ink=True)
 
 
 @dataclass(frozen=True)
@@ -84,9 +47,10 @@ class Rendered:
     Attributes:
         images: RGB, 0..255, channels first.
         labels: index into `classnames`.
-        attributes: one integer tensor [n] per factor. `shape`, `texture`, `colour` and `background` index the
-            tuples of this module (novel shapes and textures follow the known ones); `group` (spurious only) is
-            twice the half of TEXTURES plus which of the two backgrounds; `corruption` indexes CORRUPTIONS.
+        attributes: one integer tensor [n] per factor. `shape`, `texture`, `colour` and `background` index
+            the tuples of this module (novel shapes and textures follow the known ones); `group` (spurious
+            only) is twice the half of TEXTURES plus which of the two backgrounds; `corruption` indexes
+            CORRUPTIONS.
         classnames: the names of the labels.
     """
 
@@ -96,270 +60,7 @@ class Rendered:
     classnames: tuple[str, ...]
 
 
-# ---- geometry: signed distance to a shape of radius about 1, negative inside -------------------------------
-
-
-def _sides(u: np.ndarray, v: np.ndarray, count: int) -> list[np.ndarray]:
-    angles = np.pi / 2 + np.pi / count + 2 * np.pi * np.arange(count) / count
-    return [np.float32(np.cos(a)) * u - np.float32(np.sin(a)) * v for a in angles]
-
-
-def _polygon(u: np.ndarray, v: np.ndarray, count: int, apothem: float) -> np.ndarray:
-    return np.maximum.reduce(_sides(u, v, count)) - apothem
-
-
-def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # A pentagram is where at most one of the five sides is crossed: the second largest distance decides.
-    first = second = np.full_like(u, -9)
-    for side in _sides(u, -v, 5):
-        second = np.maximum(second, np.minimum(first, side))
-        first = np.maximum(first, side)
-    return second - 0.36
-
-
-def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
-    return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
-
-
-def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    lobes = np.hypot(np.abs(u) - 0.42, v + 0.35) - 0.5
-    return np.minimum(lobes, np.maximum((np.abs(u) * 1.05 + v - 0.9) * 0.69, -0.2 - v))
-
-
-def _arrow(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    head = np.maximum((np.abs(v) + u - 0.95) * 0.7, 0.05 - u)
-    return np.minimum(head, _box(u + 0.4, v, 0.5, 0.25))
-
-
-def _drop(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    tip = np.maximum((np.abs(u) * 2 + -v - 1.0) * 0.45, v - 0.1)
-    return np.minimum(np.hypot(u, v - 0.35) - 0.58, tip)
-
-
-def _clover(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    leaves = [np.hypot(u - 0.52 * np.cos(a), v - 0.52 * np.sin(a)) - 0.42 for a in (-1.571, 0.524, 2.618)]
-    return np.minimum.reduce(leaves).astype(np.float32)
-
-
-_DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": lambda u, v: np.hypot(u, v) - 0.85,
-    "square": lambda u, v: _box(u, v, 0.75, 0.75),
-    "triangle": lambda u, v: _polygon(u, v - 0.2, 3, 0.55),
-    "star": _star,
-    "cross": lambda u, v: np.minimum(_box(u, v, 0.92, 0.3), _box(u, v, 0.3, 0.92)),
-    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.66) - 0.25,
-    "heart": _heart,
-    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.9, 0.72 - np.hypot(u - 0.45, v)),
-    "hexagon": lambda u, v: _polygon(u, v, 6, 0.78),
-    "arrow": _arrow,
-    "diamond": lambda u, v: (np.abs(u) / 0.6 + np.abs(v) - 0.98) * 0.5,
-    "drop": _drop,
-    "pentagon": lambda u, v: _polygon(u, v, 5, 0.74),
-    "bowtie": lambda u, v: np.maximum(np.abs(u) - 0.9, (np.abs(v) - np.abs(u) * 0.75 - 0.08) * 0.8),
-    "clover": _clover,
-    "pill": lambda u, v: np.hypot(u, np.maximum(np.abs(v) - 0.5, 0)) - 0.4,
-}
-
-
-# ---- textures: how much of the second tone, 0..1 ----------------------------------------------------------
-
-
-def _hash(i: np.ndarray, j: np.ndarray, salt: np.ndarray) -> np.ndarray:
-    """A pseudo-random number in 0..1 for each integer cell, by integer mixing."""
-    h = i.astype(np.uint32) * np.uint32(374761393) + j.astype(np.uint32) * np.uint32(668265263) + salt
-    h = (h ^ (h >> np.uint32(13))) * np.uint32(1274126177)
-    return ((h ^ (h >> np.uint32(16))) & np.uint32(0xFFFF)).astype(np.float32) / 65535
-
-
-def _step(wave: np.ndarray, sharpness: float = 2.5) -> np.ndarray:
-    return np.clip(0.5 + sharpness * wave, 0, 1)
-
-
-def _speckled(p: np.ndarray, q: np.ndarray, salt: np.ndarray) -> np.ndarray:
-    cells = [np.floor(t * np.float32(0.75)).astype(np.int32) for t in (p, q)]
-    return (_hash(*cells, salt) > 0.6).astype(np.float32)
-
-
-_TONE: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "plain": lambda p, q, salt: np.zeros_like(p),
-    "striped": lambda p, q, salt: _step(np.sin(p)),
-    "dotted": lambda p, q, salt: _step(np.cos(p) + np.cos(q) - 0.7, 1.5),
-    "checkered": lambda p, q, salt: _step(np.sin(p * 0.8) * np.sin(q * 0.8), 4),
-    "zigzag": lambda p, q, salt: _step(np.sin(p + 1.2 * np.arcsin(np.sin(q * 0.9)))),
-    "speckled": _speckled,
-    "ringed": lambda p, q, salt: _step(np.sin(1.1 * np.hypot(p, q))),
-    "hatched": lambda p, q, salt: np.maximum(_step(np.sin(p) - 0.6), _step(np.sin(q) - 0.6)),
-}
-
-
-# ---- one scene -------------------------------------------------------------------------------------------
-
-
-def _between(rng: np.random.Generator, low: float, high: float, *shape: int) -> np.ndarray:
-    return rng.random(shape, np.float32) * np.float32(high - low) + np.float32(low)
-
-
-def _frame(rng: np.random.Generator, n: int, style: Style) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Object coordinates (u, v) of every pixel, and pixels per unit of them, under a random pose."""
-    half = _between(rng, *style.size, n, 1, 1)
-    room = np.clip(1 - half, 0.05, 1)  # an object may leave the frame a little, never by much
-    x = _AXIS[None, None, :] - room * _between(rng, -1, 1, n, 1, 1)
-    y = _AXIS[None, :, None] - room * _between(rng, -1, 1, n, 1, 1)
-    angle = _between(rng, -style.rotation, style.rotation, n, 1, 1)
-    stretch = np.exp(_between(rng, -style.aspect, style.aspect, n, 1, 1))
-    u = (np.cos(angle) * x + np.sin(angle) * y) / (half * stretch)
-    v = (np.cos(angle) * y - np.sin(angle) * x) / (half / stretch)
-    return u, v, half * (IMAGE_SIZE / 2)
-
-
-def _tones(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, texture: np.ndarray, style: Style) -> np.ndarray:
-    n = len(u)
-    turn, rate = _between(rng, -0.6, 0.6, n, 1, 1), _between(rng, *style.frequency, n, 1, 1)
-    cos, sin = np.cos(turn) * rate, np.sin(turn) * rate
-    p = cos * u + sin * v + _between(rng, 0, 6.28, n, 1, 1)
-    q = cos * v - sin * u + _between(rng, 0, 6.28, n, 1, 1)
-    salt = rng.integers(0, 2**32, (n, 1, 1), np.uint32)
-    tones = np.zeros_like(u)
-    for index in np.unique(texture):
-        rows = texture == index
-        tones[rows] = _TONE[_ALL_TEXTURES[index]](p[rows], q[rows], salt[rows])
-    return tones
-
-
-def _backdrop(rng: np.random.Generator, background: np.ndarray, style: Style) -> np.ndarray:
-    """A background colour under smooth coloured clutter: a 5 x 5 grid of colours, stretched linearly."""
-    n, cells = len(background), 5
-    knots = (_AXIS + 1) / 2 * (cells - 1)
-    weights = np.clip(1 - np.abs(knots[:, None] - np.arange(cells)[None]), 0, 1).astype(np.float32)
-    grid = _between(rng, -style.clutter, style.clutter, n, 3, cells, cells)
-    shade = _between(rng, 0.45, 0.9, n, 1)
-    return weights @ grid @ weights.T + (_PALETTE[background] * shade)[:, :, None, None]
-
-
-def _finish(rng: np.random.Generator, images: np.ndarray, style: Style) -> np.ndarray:
-    """Light from a side, a bar across the object in some images, noise; then bytes."""
-    n = len(images)
-    slope = _between(rng, -0.2, 0.2, 2, n, 1, 1, 1)
-    images = images * (1 + slope[0] * _AXIS[:, None] + slope[1] * _AXIS[None, :])
-    angle, offset = _between(rng, 0, 3.14159, n, 1, 1), _between(rng, -0.7, 0.7, n, 1, 1)
-    width = np.where(rng.random((n, 1, 1)) < style.occluded, _between(rng, 0.05, 0.16, n, 1, 1), -9)
-    across = np.abs(np.cos(angle) * _AXIS[None, None, :] + np.sin(angle) * _AXIS[None, :, None] - offset)
-    images = np.where((across < width)[:, None], _between(rng, 0, 1, n, 3, 1, 1), images)
-    images += rng.standard_normal(images.shape, np.float32) * (style.noise * _between(rng, 0, 2, n, 1, 1, 1))
-    return (np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def _compose(
-    rng: np.random.Generator,
-    distance: np.ndarray,
-    tones: np.ndarray,
-    colour: np.ndarray,
-    background: np.ndarray,
-    style: Style,
-) -> np.ndarray:
-    """Paint the object (`distance` in pixels, negative inside) over its background."""
-    n = len(distance)
-    mask = np.clip(0.5 - distance, 0, 1)[:, None]
-    if style.ink:  # dark lines on paper: outline and texture, no fill
-        lines = np.clip(1.6 - np.abs(distance), 0, 1)[:, None]
-        strokes = np.maximum(lines, mask * tones[:, None] * 0.7)
-        return _finish(rng, np.repeat(0.95 - 0.8 * strokes, 3, axis=1), style)
-    base = _PALETTE[colour] * _between(rng, 0.8, 1.0, n, 1)
-    bright = base.mean(1, keepdims=True) > _between(rng, 0.35, 0.65, n, 1)
-    depth = _between(rng, *style.contrast, n, 1)
-    second = np.where(bright, base * (1 - depth), base + (1 - base) * depth)
-    fill = base[:, :, None, None] + tones[:, None] * (second - base)[:, :, None, None]
-    if style.outline:
-        fill = fill * (1 - 0.85 * np.clip(distance + style.outline * IMAGE_SIZE, 0, 1)[:, None])
-    backdrop = _backdrop(rng, background, style)
-    return _finish(rng, backdrop + mask * (fill - backdrop), style)
-
-
-def _draw_shapes(rng: np.random.Generator, factors: dict[str, np.ndarray], style: Style) -> np.ndarray:
-    """Images uint8 [n, 3, 48, 48] of shapes; `factors` holds shape, texture, colour and background."""
-    shape = factors["shape"]
-    images = np.empty((len(shape), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-    for start in range(0, len(shape), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        u, v, pixels = _frame(rng, len(shape[part]), style)
-        distance = np.empty_like(u)
-        for index in np.unique(shape[part]):
-            rows = shape[part] == index
-            distance[rows] = _DISTANCE[_ALL_SHAPES[index]](u[rows], v[rows])
-        tones = _tones(rng, u, v, factors["texture"][part], style)
-        colours = factors["colour"][part], factors["background"][part]
-        images[part] = _compose(rng, distance * pixels, tones, *colours, style)
-    return images
-
-
-# ---- printed digits, for pretraining ------------------------------------------------------------------------
-
-_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral",
-          "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10")  # fmt: skip
-
-
-@lru_cache(maxsize=1)
-def _glyphs() -> np.ndarray:
-    """Signed distances [fonts, 10, 64, 64] to printed digits, in units of half the glyph's height."""
-    folder, side, fields = Path(matplotlib.get_data_path(), "fonts", "ttf"), 64, []
-    for name in _FONTS:
-        font = ImageFont.truetype(folder / f"{name}.ttf", 160)
-        for digit in "0123456789":
-            canvas = Image.new("L", (320, 320))
-            ImageDraw.Draw(canvas).text((160, 160), digit, 255, font, anchor="mm")
-            left, top, right, bottom = canvas.getbbox()
-            half, x, y = (bottom - top) / 2, (left + right) / 2, (top + bottom) / 2
-            box = tuple(int(round(edge)) for edge in (x - 1.4 * half, y - 1.4 * half, x + 1.4 * half, y + 1.4 * half))
-            inside = np.asarray(canvas.crop(box).resize((2 * side, 2 * side))) > 127
-            field = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
-            fields.append(field.reshape(side, 2, side, 2).mean((1, 3)) * 1.4 / side)
-    return np.array(fields, np.float32).reshape(len(_FONTS), 10, side, side)
-
-
-def _draw_digits(rng: np.random.Generator, factors: dict[str, np.ndarray]) -> np.ndarray:
-    """Images of printed digits, sheared, bent, thinned or thickened; a third of them light on dark."""
-    n = len(factors["digit"])
-    u, v, pixels = _frame(rng, n, PHOTO._replace(rotation=0.2, aspect=0.25))
-    u = u + _between(rng, -0.35, 0.35, n, 1, 1) * v
-    bends = [_between(rng, 0, 0.12, n, 1, 1) * np.sin(_between(rng, 1, 4, n, 1, 1) * t + _between(rng, 0, 6.28, n, 1, 1))
-             for t in (v, u)]  # fmt: skip
-    side = _glyphs().shape[-1]
-    column, row = [np.clip(((t + b) / 1.4 + 1) * side / 2, 0, side - 1).astype(np.intp)
-                   for t, b in zip((u, v), bends, strict=True)]  # fmt: skip
-    font = rng.integers(len(_FONTS), size=(n, 1, 1))
-    field = _glyphs()[font, factors["digit"][:, None, None], row, column] - _between(rng, -0.03, 0.1, n, 1, 1)
-    softness = _between(rng, 0.15, 1, n, 1, 1)  # a blurred edge stands for coarse scans
-    colour, background = factors["colour"], factors["background"]
-    images = _compose(rng, field * pixels * softness, np.zeros_like(u), colour, background, PHOTO._replace(occluded=0.1))
-    dark = _finish(rng, np.repeat(np.clip(0.5 - field * pixels * softness, 0, 1)[:, None], 3, axis=1),
-                   PHOTO._replace(occluded=0.0))  # fmt: skip
-    return np.where(rng.random((n, 1, 1, 1)) < 1 / 3, dark, images)
-
-
-# ---- what an evaluation reads ------------------------------------------------------------------------------
-
-
-def _corrupt(rng: np.random.Generator, images: np.ndarray, kind: np.ndarray, severity: int) -> np.ndarray:
-    """One of CORRUPTIONS for each image, graded by `severity` 1..5."""
-    x, grade = images.astype(np.float32) / 255, severity / 5
-    for index, name in enumerate(CORRUPTIONS):
-        rows = kind == index
-        if name == "noise":
-            x[rows] += rng.standard_normal(x[rows].shape, np.float32) * (0.4 * grade)
-        elif name == "blur":
-            x[rows] = ndimage.gaussian_filter(x[rows], (0, 0, 2.8 * grade, 2.8 * grade))
-        elif name == "contrast":
-            x[rows] = 0.5 + (x[rows] - x[rows].mean((1, 2, 3), keepdims=True)) * (1 - 0.85 * grade)
-        elif name == "pixels":
-            block = (2, 3, 4, 6, 8)[severity - 1]
-            coarse = x[rows].reshape(-1, 3, IMAGE_SIZE // block, block, IMAGE_SIZE // block, block).mean((3, 5))
-            x[rows] = coarse.repeat(block, 2).repeat(block, 3)
-        else:
-            corner = _between(rng, -1, 1 - 1.2 * grade, 2, int(rows.sum()), 1, 1)
-            inside = [(axis >= c) & (axis < c + 1.2 * grade)
-                      for axis, c in zip((_AXIS[:, None], _AXIS[None, :]), corner, strict=True)]  # fmt: skip
-            x[rows] = np.where((inside[0] & inside[1])[:, None], 0.5, x[rows])
-    return (np.clip(x, 0, 1) * 255 + 0.5).astype(np.uint8)
+# ---- what an evaluation reads ---------------------------------------------------------------------
 
 
 def _colours(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
@@ -368,7 +69,9 @@ def _colours(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     return {"colour": colour, "background": (colour + rng.integers(1, len(COLOURS), n)) % len(COLOURS)}
 
 
-def _spurious(rng: np.random.Generator, factors: dict[str, np.ndarray], place: np.ndarray, split: str) -> None:
+def _spurious(
+    rng: np.random.Generator, factors: dict[str, np.ndarray], place: np.ndarray, split: str
+) -> None:
     """Give each image one of two backgrounds; `place` is its position within its class, 0..1."""
     half = factors["texture"] // (len(TEXTURES) // 2)
     agrees = place < (0.5 if split == "test" else SPURIOUS_AGREEMENT)
@@ -385,8 +88,8 @@ def render(version: str, split: str) -> Rendered:
     Args:
         version: one of VERSIONS. `shapes-v2` is re-drawn (smaller, outlined, more turned and cluttered),
             `shapes-sketch` is ink on paper, `shapes-corrupted-s` is the `shapes` test set at severity s,
-            `shapes-novel` shows NOVEL_CLASSNAMES, and in `shapes-spurious` the background goes with the half of
-            TEXTURES in SPURIOUS_AGREEMENT of train and val but in exactly half of test.
+            `shapes-novel` shows NOVEL_CLASSNAMES, and in `shapes-spurious` the background goes with the
+            half of TEXTURES in SPURIOUS_AGREEMENT of train and val, but in exactly half of test.
         split: train (32 images a class), val (8) or test (28; novel 42); shifted versions have test only.
 
     Raises:
@@ -406,27 +109,27 @@ def render(version: str, split: str) -> Rendered:
     labels, place = order // each, (order % each + 0.5) / each
     words = [name.split() for name in classnames]
     factors = {
-        "shape": np.array([_ALL_SHAPES.index(shape) for _, shape in words])[labels],
-        "texture": np.array([_ALL_TEXTURES.index(texture) for texture, _ in words])[labels],
+        "shape": np.array([drawing.SHAPES.index(shape) for _, shape in words])[labels],
+        "texture": np.array([drawing.TEXTURES.index(texture) for texture, _ in words])[labels],
         **_colours(rng, len(labels)),
     }
     if version == "shapes-spurious":
         _spurious(rng, factors, place, split)
-    style = {"shapes-v2": REDRAWN, "shapes-sketch": SKETCH}.get(version, PHOTO)
-    images = _draw_shapes(rng, factors, style)
+    style = {"shapes-v2": drawing.REDRAWN, "shapes-sketch": drawing.SKETCH}.get(version, drawing.PHOTO)
+    images = drawing.draw_shapes(rng, factors, style)
     if base != version:
         severity = int(version[-1])
         rng = np.random.default_rng([_EVALUATION, VERSIONS.index(version), SPLITS.index(split)])
         factors["corruption"] = rng.integers(len(CORRUPTIONS), size=len(labels))
-        images = _corrupt(rng, images, factors["corruption"], severity)
+        images = drawing.corrupt(rng, images, factors["corruption"], severity)
     return _rendered(images, labels, factors, classnames)
 
 
 def digits(split: str | None = None) -> Rendered:
     """scikit-learn's 1,797 handwritten digits (8 x 8, 16 grey levels), enlarged linearly to 48 x 48 RGB.
 
-    The division is fixed: of every class, in an order drawn once, 60 images are train, 20 val and the rest test
-    (997). Without `split` all images come, with the index of their split in `attributes["split"]`.
+    The division is fixed: of every class, in an order drawn once, 60 images are train, 20 val and the rest
+    test (997 in all). Without `split` all images come; `attributes["split"]` holds the index of their split.
 
     Raises:
         ValueError: an unknown split.
@@ -444,17 +147,22 @@ def digits(split: str | None = None) -> Rendered:
     fine = torch.nn.functional.interpolate(coarse, size=IMAGE_SIZE, mode="bilinear", align_corners=False)
     images = (fine * 255 + 0.5).to(torch.uint8).expand(-1, 3, -1, -1).numpy()
     rows = slice(None) if split is None else member == SPLITS.index(split)
-    return _rendered(np.ascontiguousarray(images[rows]), labels[rows], {"split": member[rows]}, DIGIT_CLASSNAMES)
+    images = np.ascontiguousarray(images[rows])
+    return _rendered(images, labels[rows], {"split": member[rows]}, DIGIT_CLASSNAMES)
+
+
+def _tensors(factors: dict[str, np.ndarray]) -> dict[str, Int64[Tensor, " n"]]:
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in factors.items()}
 
 
 def _rendered(
     images: np.ndarray, labels: np.ndarray, factors: dict[str, np.ndarray], classnames: tuple[str, ...]
 ) -> Rendered:
-    attributes = {name: torch.from_numpy(values.astype(np.int64)) for name, values in factors.items()}
-    return Rendered(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), attributes, classnames)
+    labels = torch.from_numpy(labels.astype(np.int64))
+    return Rendered(torch.from_numpy(images), labels, _tensors(factors), classnames)
 
 
-# ---- what an encoder is trained on -----------------------------------------------------------------------------
+# ---- what an encoder is trained on ----------------------------------------------------------------
 
 DIGIT_SHARE, SKETCH_SHARE = 0.15, 0.05
 CAPTION_RATES = {"colour": 0.4, "texture": 0.2, "background": 0.15}  # how often a caption names each factor
@@ -475,19 +183,18 @@ def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.n
         "sketch": sketch.astype(np.int64),
     }
     images = np.empty((n, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-    for rows, style in ((~digit & ~sketch, PHOTO), (sketch, SKETCH)):
-        images[rows] = _draw_shapes(rng, {name: values[rows] for name, values in factors.items()}, style)
-    for rows in np.array_split(np.flatnonzero(digit), 1 + digit.sum() // _CHUNK):
-        if len(rows):
-            images[rows] = _draw_digits(rng, {name: values[rows] for name, values in factors.items()})
+    kinds = [(~digit & ~sketch, drawing.PHOTO), (sketch, drawing.SKETCH), (digit, None)]
+    for rows, style in kinds:
+        some = {name: values[rows] for name, values in factors.items()}
+        images[rows] = drawing.draw_shapes(rng, some, style) if style else drawing.draw_digits(rng, some)
     return images, factors
 
 
 def render_captioned(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], list[str]]:
     """Images with captions that say little, as captions on the web do.
 
-    A caption always names the shape, and colour, texture and background at CAPTION_RATES; DIGIT_SHARE of the images
-    are printed digits, SKETCH_SHARE are sketches.
+    A caption always names the shape, and colour, texture and background at CAPTION_RATES; DIGIT_SHARE of
+    the images are printed digits, SKETCH_SHARE are sketches.
 
     Raises:
         ValueError: `n` below 1 or `seed` below 0.
@@ -498,7 +205,8 @@ def render_captioned(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], lis
     picks = rng.integers(len(TEMPLATES), size=n)
     captions = []
     for i in range(n):
-        colour = f"{COLOURS[factors['colour'][i]]} " if names["colour"][i] and not factors["sketch"][i] else ""
+        coloured = names["colour"][i] and not factors["sketch"][i]
+        colour = f"{COLOURS[factors['colour'][i]]} " if coloured else ""
         if factors["digit"][i] >= 0:
             template = DIGIT_TEMPLATES[picks[i] % len(DIGIT_TEMPLATES)]
             captions.append(template.format(colour + DIGIT_CLASSNAMES[factors["digit"][i]]))
@@ -513,7 +221,7 @@ def render_captioned(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], lis
 
 
 def render_unlabelled(n: int, seed: int) -> UInt8[Tensor, "n 3 48 48"]:
-    """Images of the same kinds as `render_captioned`, from a stream of their own, with nothing said about them.
+    """Images of the same kinds as `render_captioned`, from a stream of their own, with nothing said of them.
 
     Raises:
         ValueError: `n` below 1 or `seed` below 0.
@@ -528,4 +236,4 @@ def render_labelled(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], dict
         ValueError: `n` below 1 or `seed` below 0.
     """
     images, factors = _stream(n, seed, "labelled")
-    return torch.from_numpy(images), {name: torch.from_numpy(v.astype(np.int64)) for name, v in factors.items()}
+    return torch.from_numpy(images), _tensors(factors)
