@@ -6,7 +6,7 @@ Accuracies are shares in [0, 1]; notebooks turn them into percent where they are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -224,7 +224,7 @@ def signed_rank_table(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     return table
 
 
-def holm(p: Sequence[float]) -> np.ndarray:
+def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return p-values corrected by Holm's step-down rule for the number of comparisons."""
     found = np.asarray(p, dtype=float)
     order = np.argsort(found)
@@ -245,9 +245,9 @@ def mean_ranks(scores: pd.DataFrame, level: float = 0.95) -> tuple[pd.Series, fl
     return ranks.sort_values(), float(quantile * math.sqrt(k * (k + 1) / (6 * blocks)))
 
 
-def cliques(ranks: Mapping[str, float], difference: float) -> list[tuple[str, ...]]:
+def cliques(ranks: pd.Series, difference: float) -> list[tuple[str, ...]]:
     """Return the largest groups of methods whose mean ranks lie within the critical difference."""
-    names = sorted(ranks, key=lambda name: ranks[name])
+    names = list(ranks.sort_values().index)
     groups = []
     for i, first in enumerate(names):
         group = tuple(name for name in names[i:] if ranks[name] - ranks[first] <= difference)

@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from lib import metrics
+
+
+def test_accuracy_and_class_accuracy():
+    logits = torch.tensor([[2.0, 1, 0], [0, 3, 1], [5, 0, 0], [0, 0, 1]])
+    y = torch.tensor([0, 1, 1, 2])
+    assert metrics.accuracy(logits, y) == 0.75
+    assert metrics.class_accuracy(logits, y).tolist() == [1, 0.5, 1]
+    with pytest.raises(ValueError, match="1 of 4 rows of logits hold NaN"):
+        metrics.accuracy(logits.index_fill(0, torch.tensor([2]), math.nan), y)
+
+
+def test_calibration_of_a_perfectly_calibrated_and_of_an_overconfident_classifier():
+    p = torch.full((1000, 2), 0.3)
+    p[:, 0] = 0.7
+    y = (torch.arange(1000) >= 700).long()
+    assert metrics.calibration_error(p.log(), y) == pytest.approx(0, abs=1e-5)
+    assert metrics.calibration_error(100 * p.log(), y) == pytest.approx(0.3, abs=1e-5)
+    assert metrics.brier(p.log(), y) == pytest.approx(2 * 0.7 * 0.3, abs=1e-5)
+    table = metrics.reliability(p.log(), y)
+    assert table["count"].sum() == 1000 and table["accuracy"].iloc[0] == pytest.approx(0.7)
+
+
+def test_complementarity_runs_from_0_to_2_and_ignores_scale():
+    s = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    assert metrics.complementarity(s, 3 * s) == pytest.approx(0, abs=1e-6)
+    assert metrics.complementarity(s, -s) == pytest.approx(2, abs=1e-6)
+    assert metrics.complementarity(s + 50, s, centred=True) == pytest.approx(0, abs=1e-5)
+    assert metrics.complementarity(s + 50, s) > 0.5
+
+
+def test_overlap_adds_up():
+    first, second = torch.tensor([1, 1, 0, 0, 1]).bool(), torch.tensor([1, 0, 1, 0, 1]).bool()
+    found = metrics.overlap(first, second)
+    assert sum(found[k] for k in ("both", "first_only", "second_only", "neither")) == pytest.approx(1)
+    assert found["oracle_gain"] == pytest.approx(0.2) and found["disagreement"] == pytest.approx(0.5)
+
+
+def test_repaired_and_broken():
+    y = torch.tensor([0, 0, 1])
+    before, after = torch.eye(2)[[0, 1, 0]], torch.eye(2)[[1, 0, 0]]
+    repaired, broken = metrics.repaired_and_broken(before, after, y)
+    assert repaired.tolist() == [1] and broken.tolist() == [0]
+
+
+def test_cka_is_blind_to_rotation_and_scale():
+    g = torch.Generator().manual_seed(0)
+    x, other = torch.randn(200, 6, generator=g), torch.randn(200, 6, generator=g)
+    q = torch.linalg.qr(torch.randn(6, 6, generator=g)).Q
+    assert metrics.cka(x, 5 * x @ q + 3) == pytest.approx(1)
+    assert metrics.cka(x, other) < 0.1
+
+
+def test_error_auroc_agrees_with_scikit_learn():
+    g = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(80, 4, generator=g), torch.randint(4, (80,), generator=g)
+    u = torch.rand(80, generator=g).round(decimals=1)
+    wrong = logits.argmax(1) != y
+    assert metrics.error_auroc(u, logits, y) == pytest.approx(roc_auc_score(wrong, u))
+
+
+def test_shapley_shares_add_up_and_split_an_interaction_evenly():
+    shares = metrics.shapley(lambda on: 3.0 * ("a" in on) + 2.0 * ({"a", "b"} <= on), ["a", "b", "c"])
+    assert shares == pytest.approx({"a": 4, "b": 1, "c": 0})
+
+
+def test_mean_interval_is_the_t_interval():
+    mean, half = metrics.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
+    assert math.isnan(metrics.mean_interval([1.0])[1])
+
+
+def test_paired_bootstrap_sees_a_clear_difference_and_no_difference():
+    rng = np.random.default_rng(0)
+    base = torch.from_numpy(rng.random((3, 500)) < 0.6)
+    better = base | torch.from_numpy(rng.random((3, 500)) < 0.2)
+    clear = metrics.paired_bootstrap(better, base, rng)
+    assert clear["low"] > 0 and clear["p"] < 0.01
+    assert metrics.paired_bootstrap(base, base, rng)["difference"] == 0
+    shuffled = base[:, torch.randperm(500, generator=torch.Generator().manual_seed(0))]
+    assert metrics.paired_bootstrap(shuffled, base, rng)["p"] > 0.2
+
+
+def test_holm_and_signed_rank():
+    assert metrics.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    rng = np.random.default_rng(0)
+    base = rng.random(20)
+    scores = pd.DataFrame({"amu": base, "worse": base - 0.1 - 0.01 * rng.random(20), "same": base})
+    assert metrics.signed_rank_table(scores, "amu")["verdict"].to_dict() == {"worse": "worse", "same": "tie"}
+
+
+def test_mean_ranks_and_cliques():
+    scores = pd.DataFrame({"a": [3.0, 3, 3], "b": [2.0, 2, 2], "c": [1.0, 1, 1]})
+    ranks, difference = metrics.mean_ranks(scores)
+    assert ranks.to_dict() == {"a": 1, "b": 2, "c": 3}
+    assert difference == pytest.approx(2.3437 * math.sqrt(12 / 18), abs=1e-3)
+    assert metrics.cliques(ranks, 1.0) == [("a", "b"), ("b", "c")]
+    assert metrics.cliques(ranks, 0.5) == []
