@@ -137,7 +137,7 @@ _TONE: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "plain": lambda p, q, salt: np.zeros_like(p),
     "striped": lambda p, q, salt: _step(np.sin(p)),
     "dotted": lambda p, q, salt: _step(np.cos(p) + np.cos(q) - 0.7, 1.5),
-    "checkered": lambda p, q, salt: _step(np.sin(p * 0.8) * np.sin(q * 0.8), 4),
+    "checkered": lambda p, q, salt: _step(np.sin(p * 0.8) * np.sin(q * 0.8), 4.0),
     "zigzag": lambda p, q, salt: _step(np.sin(p + 1.2 * np.arcsin(np.sin(q * 0.9)))),
     "speckled": _speckled,
     "ringed": lambda p, q, salt: _step(np.sin(1.1 * np.hypot(p, q))),
@@ -151,7 +151,7 @@ SHAPES, TEXTURES = tuple(_DISTANCE), tuple(_TONE)
 # ---- one scene ------------------------------------------------------------------------------------
 
 
-def _between(rng: np.random.Generator, low: float, high: float, *shape: int) -> np.ndarray:
+def _between(rng: np.random.Generator, low: float | int, high: float | int, *shape: int) -> np.ndarray:
     return rng.random(shape, np.float32) * np.float32(high - low) + np.float32(low)
 
 

@@ -1,0 +1,164 @@
+"""The embedded world: the same bytes twice, balanced labels, no image in two streams, captions that say little."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from lib import drawing, world
+
+SEVERITIES = [f"shapes-corrupted-{severity}" for severity in range(1, 6)]
+
+
+def digest(images: torch.Tensor) -> list[bytes]:
+    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+
+
+@pytest.fixture(scope="module")
+def test_set() -> world.Rendered:
+    return world.render("shapes", "test")
+
+
+@pytest.fixture(scope="module")
+def captioned() -> tuple[torch.Tensor, list[str]]:
+    return world.render_captioned(4000, seed=11)
+
+
+def test_names_are_distinct_and_novel_ones_share_one_factor_at_most():
+    assert len(set(world.CLASSNAMES)) == len(world.SHAPES) * len(world.TEXTURES) == 72
+    assert not set(world.NOVEL_CLASSNAMES) & set(world.CLASSNAMES)
+    for name in world.NOVEL_CLASSNAMES:
+        texture, shape = name.split()
+        assert (texture in world.TEXTURES) + (shape in world.SHAPES) == 1
+    assert all(template.count("{}") == 1 for template in world.TEMPLATES + world.DIGIT_TEMPLATES)
+
+
+@pytest.mark.parametrize(
+    ("version", "split"), [("shapes", "val"), ("shapes-sketch", "test"), ("shapes-spurious", "val")]
+)
+def test_same_bytes_at_every_call(version, split):
+    first, second = world.render(version, split), world.render(version, split)
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_global_random_state_is_left_alone():
+    before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    world.render("shapes", "val")
+    world.render_captioned(8, seed=0)
+    assert (np.random.get_state()[1] == before).all()
+    assert torch.equal(torch.get_rng_state(), torch_before)
+
+
+@pytest.mark.parametrize("version", world.VERSIONS)
+def test_each_version_is_balanced_and_large_enough(version):
+    drawn = world.render(version, "test")
+    counts = torch.bincount(drawn.labels, minlength=len(drawn.classnames))
+    assert drawn.images.shape == (2016, 3, 48, 48) and drawn.images.dtype == torch.uint8
+    assert counts.min() == counts.max() > 0
+    assert all(len(values) == 2016 for values in drawn.attributes.values())
+    assert drawn.images.float().std() > 20
+
+
+@pytest.mark.parametrize(("split", "each"), [("train", 32), ("val", 8)])
+def test_training_and_validation_are_balanced(split, each):
+    labels = world.render("shapes", split).labels
+    assert torch.bincount(labels).tolist() == [each] * 72
+
+
+def test_labels_follow_the_attributes(test_set):
+    for row in range(0, 2016, 97):
+        texture, shape = test_set.classnames[test_set.labels[row]].split()
+        assert world.TEXTURES[test_set.attributes["texture"][row]] == texture
+        assert world.SHAPES[test_set.attributes["shape"][row]] == shape
+    assert (test_set.attributes["colour"] != test_set.attributes["background"]).all()
+
+
+def test_corruptions_keep_the_labels_and_grow(test_set):
+    distances = []
+    for version in SEVERITIES:
+        spoilt = world.render(version, "test")
+        assert torch.equal(spoilt.labels, test_set.labels)
+        assert len(spoilt.attributes["corruption"].unique()) == len(world.CORRUPTIONS)
+        distances.append((spoilt.images.float() - test_set.images.float()).abs().mean().item())
+    assert distances == sorted(distances) and distances[0] > 0
+
+
+def test_spurious_background_goes_with_the_texture_only_before_the_test():
+    for split, agreement in (("train", 0.9), ("val", 0.9), ("test", 0.5)):
+        group = world.render("shapes-spurious", split).attributes["group"]
+        agrees = (group // 2 == group % 2).float().mean().item()
+        assert agrees == pytest.approx(agreement, abs=0.03), split
+    assert torch.bincount(group).tolist() == [504] * 4
+
+
+def test_no_image_is_in_two_streams(test_set):
+    sets = [test_set.images, world.render("shapes", "train").images, world.render("shapes", "val").images]
+    sets += [world.render_captioned(500, 0)[0], world.render_unlabelled(500, 0), world.render_labelled(500, 0)[0]]
+    sets += [world.render_captioned(500, 1)[0]]
+    digests = [each for images in sets for each in digest(images)]
+    assert len(set(digests)) == len(digests)
+
+
+def test_captions_name_factors_at_the_stated_rates(captioned):
+    images, captions = captioned
+    things = [c for c in captions if not any(digit in c for digit in world.DIGIT_CLASSNAMES)]
+    drawn = [c for c in things if "sketch" not in c]
+    foreground = [c.split(" on a ")[0] for c in drawn]
+    assert len(images) == len(captions) == 4000
+    assert 1 - len(things) / 4000 == pytest.approx(world.DIGIT_SHARE, abs=0.02)
+    assert (len(things) - len(drawn)) / 4000 == pytest.approx(world.SKETCH_SHARE, abs=0.015)
+    assert all(any(shape in c for shape in world.SHAPES) for c in things)
+    named = {
+        "texture": np.mean([any(t in c for t in world.TEXTURES) for c in drawn]),
+        "colour": np.mean([any(f" {colour} " in c for colour in world.COLOURS) for c in foreground]),
+        "background": np.mean(["background" in c for c in drawn]),
+    }
+    for factor, rate in named.items():
+        assert rate == pytest.approx(world.CAPTION_RATES[factor], abs=0.03), factor
+
+
+def test_captions_tell_the_truth():
+    rng = np.random.default_rng(0)
+    images, captions = world.render_captioned(200, seed=5)
+    again, _ = world.render_captioned(200, seed=5)
+    assert torch.equal(images, again)
+    for row in rng.integers(200, size=30):
+        words = captions[row].strip(".").split()
+        if "on" in words and words[-2] in world.COLOURS:  # "... on a COLOUR background"
+            colour = torch.tensor(drawing.PALETTE[words[-2]])
+            corners = images[row][:, [0, 0, -1, -1], [0, -1, 0, -1]].float().mean(1)
+            similarity = torch.nn.functional.cosine_similarity(colour, corners, dim=0)
+            assert similarity > 0.7, captions[row]
+
+
+def test_shapes_and_textures_differ_to_the_eye(test_set):
+    """Mean images of shapes, seen in sketches, differ from one another by more than their own spread."""
+    drawn = world.render("shapes-sketch", "test")
+    grey = drawn.images.float().mean(1)
+    means = torch.stack([grey[drawn.attributes["shape"] == index].mean(0).flatten() for index in range(12)])
+    assert torch.pdist(means).min() > 100
+
+
+def test_digits_are_the_real_ones_with_a_fixed_division():
+    every = world.digits()
+    assert every.images.shape == (1797, 3, 48, 48)
+    assert (every.images[:, 0] == every.images[:, 2]).all()
+    sizes = {split: len(world.digits(split).labels) for split in world.SPLITS}
+    assert sizes == {"train": 600, "val": 200, "test": 997}
+    assert torch.bincount(world.digits("train").labels).tolist() == [60] * 10
+    assert torch.equal(world.digits("val").images, every.images[every.attributes["split"] == 1])
+
+
+def test_errors_name_both_sides():
+    with pytest.raises(ValueError, match=r"'shape'.*shapes-v2"):
+        world.render("shape", "test")
+    with pytest.raises(ValueError, match="shapes-v2 has no split 'train'; it has test"):
+        world.render("shapes-v2", "train")
+    with pytest.raises(ValueError, match="no split 'all'; it has train, val, test"):
+        world.digits("all")
+    with pytest.raises(ValueError, match="n=0, seed=3"):
+        world.render_captioned(0, 3)
+    with pytest.raises(ValueError, match="seed=-1"):
+        world.render_unlabelled(4, -1)
