@@ -1,0 +1,278 @@
+"""Features: extracted once, cached under a fingerprint, verified at every reading.
+
+`load` returns the image features of a split, `load_text` the class features of a CLIP encoder. Both read the
+cache, or fill it first. The fingerprint covers the data set's manifest, the split, the encoder's name, its
+weights, preprocessing, precision, views and the version of this code; a bank of another encoder or of changed
+images is never taken for it. For `features:PATH` both read a bank in the format that `banks` describes.
+
+The cache is data/cache, or the folder that LOGIT_BIAS_CACHE names. A damaged file in it is made again, with a
+warning; a damaged bank of somebody else is refused.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lib import backbones, banks, datasets, extraction
+from lib.banks import save_bank
+
+__all__ = [
+    "Features",
+    "TextFeatures",
+    "bank_encoders",
+    "bank_shot_index",
+    "cache_root",
+    "load",
+    "load_many",
+    "load_text",
+    "save_bank",
+]
+VERSION = 1  # of the extraction code: raise it when the same images and weights would give other features
+LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class Features:
+    """Image features of one split under one encoder, in the encoder's own scale; never modified in place.
+
+    Attributes:
+        x: float32, one row per image; with views, one such matrix per random crop and flip.
+        y: class index in [0, C).
+        quarantined: the ids of images that could not be decoded and are left out.
+    """
+
+    x: Float[Tensor, "n D"] | Float[Tensor, "v n D"]
+    y: Int64[Tensor, " n"]
+    classnames: tuple[str, ...]
+    backbone: str
+    dataset: str
+    split: str
+    fingerprint: str
+    quarantined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Class features of one CLIP encoder.
+
+    Attributes:
+        x: unit rows, the normalised mean of a class's normalised text embeddings.
+        templates: the prompts, with `{}` for the class name.
+        logit_scale: the encoder's own learned scale; logits of the workbook are 100 x cosine whatever it is.
+    """
+
+    x: Float[Tensor, "C D"]
+    classnames: tuple[str, ...]
+    backbone: str
+    dataset: str
+    templates: tuple[str, ...]
+    logit_scale: float
+    fingerprint: str
+
+
+def load(dataset: str, split: str, encoder: str, **options: Any) -> Features:
+    """Return the features of a split under one encoder; see `load_many` for the options."""
+    return load_many(dataset, split, [encoder], **options)[0]
+
+
+def load_many(
+    dataset: str,
+    split: str,
+    encoders: Sequence[str],
+    *,
+    views: int = 1,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    cache: Path | None = None,
+    quarantine: bool = False,
+) -> tuple[Features, ...]:
+    """Return the features of a split under several encoders; what is not cached is extracted in one pass.
+
+    Args:
+        dataset: a name that `datasets.load` knows, or `features:PATH`.
+        encoders: names that `recipes` knows, or the files of the bank.
+        views: 1 for the plain image; V > 1 for V random crops and flips, and `x` of shape [V, n, D].
+        device, precision: see `backbones.load`.
+        batch_size: network inputs at once.
+        num_workers: decoding processes.
+        cache: the cache's folder; see `cache_root`.
+        quarantine: leave out images that cannot be decoded instead of stopping at the first.
+
+    Raises:
+        ValueError: an unknown name, a damaged bank, an image that cannot be decoded, features that are not finite.
+    """
+    if views < 1 or batch_size < 1:
+        raise ValueError(f"views and batch_size are 1 or more, not {views} and {batch_size}")
+    if dataset.startswith("features:"):
+        if views > 1:
+            raise ValueError(f"{dataset} holds one row per image, not {views} views")
+        return tuple(_from_bank(dataset, split, encoder) for encoder in encoders)
+    data = datasets.load(dataset)
+    recipes = [backbones.resolve(encoder) for encoder in encoders]
+    images = data.images(split)
+    jobs = [_job(data.name, split, recipe, images, views, precision, cache_root(cache)) for recipe in recipes]
+    found = [extraction.read(job) for job in jobs]
+    if None in found:
+        missing = {job.fingerprint: job for job, bank in zip(jobs, found, strict=True) if bank is None}
+        with ExitStack() as stack:
+            for job in sorted(missing.values(), key=lambda job: job.folder):
+                stack.enter_context(extraction.locked(job.folder))
+            todo = [job for job in missing.values() if extraction.read(job) is None]  # another process may have won
+            if todo:
+                extraction.extract(
+                    todo,
+                    images,
+                    views=views,
+                    device=device,
+                    precision=precision,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    quarantine=quarantine,
+                )
+        found = [extraction.read(job) for job in jobs]
+    return tuple(_features(data, split, job, bank, quarantine) for job, bank in zip(jobs, found, strict=True))
+
+
+def load_text(
+    dataset: str,
+    encoder: str,
+    templates: Sequence[str] | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    cache: Path | None = None,
+) -> TextFeatures:
+    """Return a data set's class features: the mean of the normalised embeddings of its prompts, normalised.
+
+    Args:
+        dataset: a name that `datasets.load` knows, or `features:PATH`, whose own text features are read.
+        encoder: a CLIP encoder.
+        templates: prompts with one `{}`; None for the data set's own.
+
+    Raises:
+        ValueError: an encoder without a text tower, a template without `{}`, a bank without text features.
+    """
+    if dataset.startswith("features:"):
+        return _text_from_bank(dataset, encoder, templates)
+    data, recipe = datasets.load(dataset), backbones.resolve(encoder)
+    prompts = tuple(data.templates if templates is None else templates)
+    wrong = [prompt for prompt in prompts if prompt.count("{}") != 1]
+    if wrong or not prompts:
+        raise ValueError(f"a template has one {{}} for the class name; got {wrong[0]!r}" if wrong else "no templates")
+    ingredients = _ingredients(recipe, precision) | {"classnames": data.classnames, "templates": prompts}
+    fingerprint = _hash(ingredients)
+    job = extraction.Job(
+        encoder, cache_root(cache) / "text" / f"{_slug(encoder)}-{fingerprint[:16]}", ingredients, fingerprint
+    )
+    found = extraction.read(job)
+    if found is None:
+        model = backbones.load(encoder, device, precision)
+        x = torch.stack([_class_mean(model, [prompt.format(c) for prompt in prompts]) for c in data.classnames])
+        with extraction.locked(job.folder):
+            extraction.write(job, x.shape, [torch.arange(len(x)), x], {"logit_scale": model.logit_scale})
+        found = extraction.read(job)
+    x, _, manifest = found
+    return TextFeatures(x, data.classnames, encoder, dataset, prompts, manifest["logit_scale"], fingerprint)
+
+
+def bank_encoders(dataset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the CLIP and the auxiliary encoders of `features:PATH`, each sorted by name."""
+    return banks.encoders(dataset)
+
+
+def bank_shot_index(dataset: str) -> Int64[Tensor, " n"] | None:
+    """Return each training row's place in its class, for banks that fix the order in which shots are taken."""
+    return banks.shot_index(dataset)
+
+
+def cache_root(cache: Path | None = None) -> Path:
+    """Return the cache's folder: the argument, else LOGIT_BIAS_CACHE, else data/cache."""
+    return Path(cache or os.environ.get("LOGIT_BIAS_CACHE") or datasets.PACKAGE_ROOT / "data" / "cache")
+
+
+def _class_mean(model: backbones.Encoder, texts: list[str]) -> Float[Tensor, " D"]:
+    x = model.encode_text(texts)
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{model.name} gives NaN or infinite features for one of {texts}")
+    return normalize(normalize(x, dim=1).mean(dim=0), dim=0)
+
+
+def _job(
+    dataset: str,
+    split: str,
+    recipe: backbones.Recipe,
+    images: datasets.ImageSplit,
+    views: int,
+    precision: str,
+    root: Path,
+) -> extraction.Job:
+    ingredients = _ingredients(recipe, precision) | {
+        "dataset": dataset,
+        "split": split,
+        "manifest": images.manifest,
+        "views": views,
+        "augmentation": extraction.AUGMENTATION_SEED if views > 1 else None,
+    }
+    fingerprint = _hash(ingredients)
+    folder = root / _slug(dataset) / _slug(split) / f"{_slug(recipe.name)}-{fingerprint[:16]}"
+    return extraction.Job(recipe.name, folder, ingredients, fingerprint)
+
+
+def _ingredients(recipe: backbones.Recipe, precision: str) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "encoder": recipe.name,
+        "weights": recipe.weights_hash,
+        "preprocess": dict(recipe.preprocess),
+        "precision": precision,
+    }
+
+
+def _hash(ingredients: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.@_-]+", "_", text)[-80:]
+
+
+def _features(data: datasets.Dataset, split: str, job: extraction.Job, bank: tuple, quarantine: bool) -> Features:
+    x, y, manifest = bank
+    bad = tuple(manifest["quarantined"])
+    if bad and not quarantine:
+        raise ValueError(
+            f"{data.name}, {split}: the cached features lack {len(bad)} images that could not be decoded (first: "
+            f"{bad[0]}); repair them, or accept that by quarantine=True"
+        )
+    return Features(x, y, data.classnames, job.encoder, data.name, split, job.fingerprint, bad)
+
+
+def _from_bank(dataset: str, split: str, encoder: str) -> Features:
+    x, y = banks.rows(dataset, split, encoder)
+    names = tuple(banks.meta(dataset)["class_names"])
+    fingerprint = _hash({"split": split, "class_names": names, **banks.hashes(dataset, encoder, "labels")})
+    return Features(x, y, names, encoder, dataset, split, fingerprint)
+
+
+def _text_from_bank(dataset: str, encoder: str, templates: Sequence[str] | None) -> TextFeatures:
+    if templates is not None:
+        raise ValueError(f"{dataset} holds text features already made; templates cannot be chosen")
+    x, card = banks.text(dataset, encoder), banks.meta(dataset)
+    names, about = tuple(card["class_names"]), card.get("text", {})
+    prompts = (about["prompt"],) if about.get("prompt") else ()
+    fingerprint = _hash({"class_names": names, **banks.hashes(dataset, "text")})
+    scale = float(about.get("logit_scale", LOGIT_SCALE))
+    return TextFeatures(normalize(x, dim=1), names, encoder, dataset, prompts, scale, fingerprint)
