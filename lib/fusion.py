@@ -13,6 +13,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 CONFIDENCES = ("none", "kurtosis", "entropy", "energy", "max", "max-min", "top5", "std")
 CODE_CONSTANT = 250.0  # what the released code divides the kurtosis by; it was chosen on 1,000 classes
@@ -113,6 +114,28 @@ def uncertain(
 ) -> Float[Tensor, "n C"]:
     """Return `s0 + beta * u(s0) * bias`, the bias weighing more where zero-shot CLIP is unsure (AMU-Tuning, eq. 11)."""
     return zero_shot + beta * uncertainty(zero_shot, confidence, rho, on, constant)[:, None] * bias
+
+
+def similarity(
+    zero_shot: Float[Tensor, "n C"], biases: Float[Tensor, "k n C"], norm: str = "mean"
+) -> Float[Tensor, "n C"]:
+    """Return one bias from several, each weighed per image by its agreement with the zero-shot logits.
+
+        sum_k w_k norm(bias_k),    w = softmax_k(sum_c norm(bias_k)_c norm(s0)_c)
+
+    With z-scores the sum over classes is C - 1 times a correlation, so the softmax nearly picks one bias.
+
+    Args:
+        norm: `mean` (z-score of a row), `softmax` or `linear` (unit length).
+
+    Source: CaFo (arXiv 2303.02151); repository OpenGVLab/CaFo, `logits_fuse`.
+    """
+    norms = {"mean": standardise, "softmax": lambda v: v.softmax(-1), "linear": lambda v: normalize(v, dim=-1)}
+    if norm not in norms:
+        raise ValueError(f"norm is one of {', '.join(norms)}, not {norm!r}")
+    scaled = norms[norm](biases)
+    agreement = (scaled * norms[norm](zero_shot)).sum(dim=-1, keepdim=True)
+    return (agreement.softmax(dim=0) * scaled).sum(dim=0)
 
 
 def replace(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:

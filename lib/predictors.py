@@ -7,15 +7,17 @@ Labels are read from `task.support` alone, and from `task.val` where a docstring
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lib import fusion, training
 from lib.tasks import FewShotTask, Split
@@ -33,6 +35,17 @@ class Predictor:
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         """Return the bias logits of each row."""
         raise NotImplementedError
+
+    def _orders(self, task: FewShotTask, epochs: int) -> Int64[Tensor, "epochs n"]:
+        """Return the order in which training sees the support; the one place where its seed acts."""
+        return training.epoch_orders(len(task.support), epochs, torch.Generator().manual_seed(task.seed))
+
+    def _refuse_other_features(self) -> None:
+        if self.features != "clip":
+            raise ValueError(
+                f"{type(self).__name__} compares images with class texts, which only clip features allow; "
+                f"features are {self.features!r}"
+            )
 
     @classmethod
     def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
@@ -202,6 +215,105 @@ class MultiBranchHead(Predictor):
         return fusion.uncertainty(split.zero_shot, self.confidence, self.rho, self.on, self.constant)
 
 
+class MLP(Predictor):
+    """A perceptron with one hidden layer, trained like AMU-Tuning's head on two branches.
+
+        a = W2 relu(W1 g + b1) + b2,    loss = (1 - lam) CE(a, y) + lam CE(s0 + beta a, y)
+
+    Args:
+        features: `clip`, `aux` or `clip+aux`.
+        hidden: width of the hidden layer as a share of the feature dimension.
+        lam, beta: of the loss.
+        lr, weight_decay, epochs, batch_size: of AdamW (eps 1e-4) with a cosine per step.
+
+    Source: the comparison of predictors in AMU-Tuning (table 6), which gives no width; a quarter is CLIP-Adapter's.
+    """
+
+    def __init__(
+        self,
+        features: str = "aux",
+        hidden: float = 0.25,
+        lam: float = 0.5,
+        beta: float = 1.0,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        epochs: int = 50,
+        batch_size: int = 32,
+    ) -> None:
+        self.features, self.hidden, self.lam, self.beta = features, hidden, lam, beta
+        self.lr, self.weight_decay, self.epochs, self.batch_size = lr, weight_decay, epochs, batch_size
+
+    def fit(self, task: FewShotTask) -> Self:
+        x, zero_shot, y = task.support.features(self.features), task.support.zero_shot, task.support.y
+        width = max(1, round(self.hidden * x.shape[1]))
+        shapes = ((width, x.shape[1]), (1, width), (task.num_classes, width), (1, task.num_classes))
+        generator = torch.Generator().manual_seed(task.seed)
+        fans = (x.shape[1], x.shape[1], width, width)
+        weights = [
+            ((2 * torch.rand(shape, generator=generator) - 1) / fan**0.5).requires_grad_()
+            for shape, fan in zip(shapes, fans, strict=True)
+        ]
+
+        def loss(rows: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
+            bias = self._forward(x[rows], weights)
+            fused = cross_entropy(zero_shot[rows] + self.beta * bias, y[rows])
+            return (1 - self.lam) * cross_entropy(bias, y[rows]) + self.lam * fused
+
+        optimiser = torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay, eps=1e-4)
+        rates = training.cosine(self.lr, self.epochs * math.ceil(len(y) / self.batch_size))
+        self.losses_ = training.minimise(loss, optimiser, self._orders(task, self.epochs), self.batch_size, rates)
+        self.weights_ = [weight.detach() for weight in weights]
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        return self._forward(split.features(self.features), self.weights_)
+
+    @staticmethod
+    def _forward(x: Float[Tensor, "n D"], weights: Sequence[Tensor]) -> Float[Tensor, "n C"]:
+        first, first_bias, second, second_bias = weights
+        return torch.relu(x @ first.T + first_bias) @ second.T + second_bias
+
+
+class GDA(Predictor):
+    """Gaussian discriminant analysis: classes share one covariance, estimated with shrinkage, in closed form.
+
+        P = D ((n - 1) S + tr(S) I)^-1,    W = mu P,    b_c = -log C - mu_c^T P mu_c / 2,    bias = x W^T + b
+
+    mu are the class means and S is the covariance of the centred rows. S already divides by n - 1, so (n - 1) S is
+    the scatter; the authors' code says so and is followed. With one image per class the scatter is 0, P has no
+    finite value and the identity takes its place. Augmented views, where a task has them, count as more images.
+
+    Args:
+        features: `clip`, `aux` or `clip+aux`.
+
+    Source: "A hard-to-beat baseline for training-free CLIP-based adaptation" (arXiv 2402.04087), eq. 6-8;
+        repository mrflogs/ICLR24, `main_few_shots.py`.
+    """
+
+    def __init__(self, features: str = "clip") -> None:
+        self.features = features
+
+    def fit(self, task: FewShotTask) -> Self:
+        views = task.views or (task.support,)
+        x = torch.cat([view.features(self.features) for view in views]).double()
+        y = torch.cat([view.y for view in views])
+        mean = training.class_means(x, y, task.num_classes)
+        centred = x - mean[y]
+        scatter, dim = centred.T @ centred, x.shape[1]
+        shrinkage = scatter.trace() / (len(x) - 1)
+        if shrinkage <= len(x) * torch.finfo(torch.float32).eps ** 2:
+            precision_mean = mean
+        else:
+            factor = torch.linalg.cholesky(scatter + shrinkage * torch.eye(dim, dtype=x.dtype))
+            precision_mean = dim * torch.cholesky_solve(mean.T, factor).T
+        self.weight_ = precision_mean.float()
+        self.intercept_ = (-math.log(task.num_classes) - (mean * precision_mean).sum(1) / 2).float()
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        return split.features(self.features) @ self.weight_.T + self.intercept_
+
+
 def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor, "C D"]:
     """Return where a linear head starts: `mean`, `zero`, `random` (uniform within 1/sqrt(D), seeded) or `text`."""
     x = task.support.features(features)
@@ -210,8 +322,7 @@ def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor,
     if init == "zero":
         return torch.zeros(task.num_classes, x.shape[1])
     if init == "random":
-        generator = torch.Generator().manual_seed(task.seed)
-        return (2 * torch.rand(task.num_classes, x.shape[1], generator=generator) - 1) / x.shape[1] ** 0.5
+        return random_weight(task, (task.num_classes, x.shape[1]))
     if init == "text":
         if features != "clip":
             raise ValueError(
@@ -219,3 +330,9 @@ def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor,
             )
         return task.text.clone()
     raise ValueError(f"init is one of mean, zero, random, text, not {init!r}")
+
+
+def random_weight(task: FewShotTask, shape: Sequence[int]) -> Float[Tensor, "m D"]:
+    """Return PyTorch's initial weight of a linear layer, uniform within 1/sqrt(D), drawn with the task's seed."""
+    generator = torch.Generator().manual_seed(task.seed)
+    return (2 * torch.rand(*shape, generator=generator) - 1) / shape[1] ** 0.5

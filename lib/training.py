@@ -44,6 +44,16 @@ def cosine(lr: float, steps: int) -> Float[Tensor, " steps"]:
     return lr * (1 + torch.cos(math.pi * torch.arange(steps, dtype=torch.float64) / steps)).float() / 2
 
 
+def warmed_cosine(lr: float, epochs: int, steps_per_epoch: int) -> Float[Tensor, " steps"]:
+    """Return the rates of CoOp's training recipe, constant inside an epoch: 1e-5 in epoch 0, then the cosine
+    `lr (1 + cos(pi (e - 1) / epochs)) / 2` of epoch e, which therefore does not quite reach 0.
+    """
+    epoch = torch.arange(epochs, dtype=torch.float64)
+    rates = lr * (1 + torch.cos(math.pi * (epoch - 1) / epochs)) / 2
+    rates[0] = 1e-5
+    return rates.float().repeat_interleave(steps_per_epoch)
+
+
 def class_means(x: Float[Tensor, "n D"], y: Int64[Tensor, " n"], num_classes: int) -> Float[Tensor, "C D"]:
     """Return the mean row of each class, not re-normalised (AMU-Tuning, eq. 6)."""
     sums = torch.zeros(num_classes, x.shape[1], dtype=x.dtype).index_add_(0, y, x)
@@ -135,6 +145,9 @@ def minimise(
         orders: the rows of each epoch in the order they are seen.
         rates: the learning rate of each step.
         drop_last: leave out the smaller batch at the end of an epoch.
+        on_epoch: called after each epoch with its number, from 1.
+
+    A loss may also write the gradients itself and return a value without a graph.
     """
     epochs, n = orders.shape
     end = n - n % batch_size if drop_last else n
@@ -146,7 +159,8 @@ def minimise(
                 group["lr"] = float(rates[step])
             optimiser.zero_grad()
             value = loss(orders[epoch, start : start + batch_size])
-            value.backward()
+            if value.requires_grad:
+                value.backward()
             optimiser.step()
             losses[step] = value.detach()
             step += 1

@@ -1,0 +1,272 @@
+"""Predictors that keep the support and let its images vote: caches and kernel regression.
+
+An image is compared with every support image; what differs is how similarity is measured, how it turns into a vote
+and how votes are weighed. All comparisons of a grid search share one similarity matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
+
+from lib import fusion, training
+from lib.predictors import Predictor, random_weight
+from lib.tasks import LOGIT_SCALE, FewShotTask, Split
+
+CHUNK = 2048  # images compared with the whole support at a time, so that memory stays bounded
+
+
+class Cache(Predictor):
+    """Tip-Adapter's cache: an image votes for the classes of the support images it resembles.
+
+        bias = exp(-sharpness (1 - x X^T)) Y,    X the support's unit rows, Y their labels, one-hot
+
+    If the task has augmented views, a key is the mean of its image's views, re-normalised (as the authors' ten).
+
+    Args:
+        features: `clip`, `aux` or `clip+aux`.
+        sharpness: how fast a vote fades with distance, above 0; the authors' inner beta.
+
+    Source: Tip-Adapter (arXiv 2111.03930), eq. 3-5; repository gaopengcuhk/Tip-Adapter, `run_tip_adapter`.
+    """
+
+    def __init__(self, features: str = "clip", sharpness: float = 1.0) -> None:
+        self.features = features
+        self.sharpness = sharpness
+
+    def fit(self, task: FewShotTask) -> Self:
+        shown = torch.stack([view.features(self.features) for view in task.views or (task.support,)])
+        self.keys_ = normalize(shown.mean(0), dim=1) if len(shown) > 1 else shown[0]
+        self.labels_, self.num_classes_ = task.support.y, task.num_classes
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        rows = split.features(self.features).split(CHUNK)
+        return torch.cat([next(self._votes(part, [self.sharpness])) for part in rows])
+
+    def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
+        """Yield the votes under each `sharpness`; the similarities are computed once."""
+        sharpnesses = [float(setting.get("sharpness", self.sharpness)) for setting in settings]
+        yield from self._votes(split.features(self.features), sharpnesses)
+
+    def _votes(self, x: Float[Tensor, "n D"], sharpnesses: Sequence[float]) -> Iterator[Float[Tensor, "n C"]]:
+        by_class = torch.argsort(self.labels_, stable=True).view(self.num_classes_, -1)
+        closeness = x @ self.keys_[by_class.flatten()].T - 1
+        for sharpness in sharpnesses:
+            yield torch.exp(sharpness * closeness).view(len(x), *by_class.shape).sum(-1)
+
+
+class TrainedCache(Cache):
+    """Tip-Adapter-F: the keys of the cache are trained through the fused logits; labels and sharpness stay.
+
+        loss = CE(s0 + init_beta exp(-init_sharpness (1 - x keys^T)) Y, y)
+
+    Args:
+        features, sharpness: as in `Cache`.
+        init: where the keys start: `features` (the support's rows) or `random` (PyTorch's linear layer).
+        init_beta, init_sharpness: the fusion during training.
+        lr, epochs, batch_size: of AdamW (eps 1e-4, weight decay 0.01) with a cosine per step.
+
+    The authors keep the epoch that is best on the test images; here it is the last.
+
+    Source: repository gaopengcuhk/Tip-Adapter, `run_tip_adapter_F`.
+    """
+
+    def __init__(
+        self,
+        features: str = "clip",
+        sharpness: float = 1.0,
+        init: str = "features",
+        init_beta: float = 1.17,
+        init_sharpness: float = 1.0,
+        lr: float = 1e-3,
+        epochs: int = 20,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__(features, sharpness)
+        self.init, self.init_beta, self.init_sharpness = init, init_beta, init_sharpness
+        self.lr, self.epochs, self.batch_size = lr, epochs, batch_size
+
+    def fit(self, task: FewShotTask) -> Self:
+        super().fit(task)
+        if self.init not in ("features", "random"):
+            raise ValueError(f"init of a cache is features or random, not {self.init!r}")
+        keys = random_weight(task, self.keys_.shape) if self.init == "random" else self.keys_.clone()
+        self.keys_ = keys.requires_grad_()
+        x, zero_shot, y = task.support.features(self.features), task.support.zero_shot, task.support.y
+        orders = self._orders(task, self.epochs)
+
+        def loss(rows: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
+            votes = next(self._votes(x[rows], [self.init_sharpness]))
+            return cross_entropy(zero_shot[rows] + self.init_beta * votes, y[rows])
+
+        optimiser = torch.optim.AdamW([keys], lr=self.lr, eps=1e-4)
+        rates = training.cosine(self.lr, self.epochs * math.ceil(len(y) / self.batch_size))
+        self.losses_ = training.minimise(loss, optimiser, orders, self.batch_size, rates)
+        self.keys_ = keys.detach()
+        return self
+
+
+class SimilarCaches(Predictor):
+    """CaFo's caches, one per encoder, each weighed by how well it agrees with zero-shot CLIP on the image at hand.
+
+        bias = sum_k w_k norm(cache_k),    w = softmax_k(sum_c norm(cache_k)_c norm(s0)_c),    norm the z-score of a row
+
+    The caches are used as they are; the authors' 20 epochs of training are `TrainedCache`'s.
+
+    Args:
+        features: the encoders, joined by `+`.
+        sharpness: of every cache.
+        norm: `mean` (z-score, the authors' default), `softmax` or `linear` (unit length), see `fusion.similarity`.
+
+    Source: CaFo (arXiv 2303.02151), eq. 7-8; repository OpenGVLab/CaFo, `logits_fuse`.
+    """
+
+    def __init__(self, features: str = "clip+aux", sharpness: float = 1.0, norm: str = "mean") -> None:
+        self.features, self.sharpness, self.norm = features, sharpness, norm
+
+    def fit(self, task: FewShotTask) -> Self:
+        self.caches_ = [Cache(part, self.sharpness).fit(task) for part in self.features.split("+")]
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        for cache in self.caches_:
+            cache.sharpness = self.sharpness
+        return self._weigh(split, [cache.logits(split) for cache in self.caches_])
+
+    def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
+        """Yield the fused votes under each `sharpness`."""
+        for votes in zip(*(cache.logits_grid(split, settings) for cache in self.caches_), strict=True):
+            yield self._weigh(split, votes)
+
+    def _weigh(self, split: Split, votes: Sequence[Float[Tensor, "n C"]]) -> Float[Tensor, "n C"]:
+        return fusion.similarity(split.zero_shot, torch.stack(list(votes)), self.norm)
+
+
+class APE(Predictor):
+    """APE: a cache on the channels that tell classes apart, its votes weighed by what zero-shot CLIP gets wrong.
+
+        J_d  = w_inter (variance of t_cd over classes) - w_intra (mean product of x_id x_jd over i, j of two classes)
+        bias = exp(-sharpness (1 - x' X'^T)) (Y exp(gamma KL)),    KL_i = log2(1 / p_iy),    p_i = softmax(x'_i T'^T)
+
+    x', X', T' hold the `channels` with the largest J, re-normalised. The mean product runs over the texts and the
+    support together and has a closed form: with S_c the sum of class c's rows, it is
+    ((sum_c S_c)^2 - sum_c S_c^2) / (C (C - 1) (K + 1)^2) in each channel. Support images that CLIP gets wrong count
+    more, and p is taken without CLIP's factor 100, as released.
+
+    Args:
+        features: `clip`.
+        sharpness: as in `Cache`.
+        gamma: strength of the weights exp(gamma KL); 0 switches them off.
+        channels: share of the channels kept, in (0, 1].
+        intra, inter: the two weights of J.
+
+    Source: APE (arXiv 2304.01195), training-free; repository yangyangyang127/APE, `caltech101.yaml`.
+    """
+
+    def __init__(
+        self,
+        features: str = "clip",
+        sharpness: float = 1.0,
+        gamma: float = 0.1,
+        channels: float = 800 / 1024,
+        intra: float = 0.5,
+        inter: float = 0.5,
+    ) -> None:
+        self.features, self.sharpness, self.gamma = features, sharpness, gamma
+        self.channels, self.intra, self.inter = channels, intra, inter
+
+    def fit(self, task: FewShotTask) -> Self:
+        self._refuse_other_features()
+        x, y, text, classes = task.support.clip, task.support.y, task.text, task.num_classes
+        keep = max(1, math.floor(self.channels * text.shape[1] + 0.5))
+        self.channels_ = self.criterion(task).topk(keep).indices
+        by_class = torch.argsort(y, stable=True)
+        self.keys_ = normalize(x[by_class][:, self.channels_], dim=1)
+        known = (self.keys_ @ normalize(text[:, self.channels_], dim=1).T).softmax(1)
+        right = known.gather(1, y[by_class, None])[:, 0]
+        self.divergence_ = torch.log2((1 + 1e-6) / (right + 1e-6)).view(classes, -1)
+        return self
+
+    def criterion(self, task: FewShotTask) -> Float[Tensor, " D"]:
+        """Return J, one number per channel; larger is kept."""
+        sums = task.text + training.class_means(task.support.clip, task.support.y, task.num_classes) * task.shots
+        pairs = task.num_classes * (task.num_classes - 1) * (task.shots + 1) ** 2
+        similarity = (sums.sum(0).square() - sums.square().sum(0)) / pairs
+        return self.inter * task.text.var(0) - self.intra * similarity
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        rows = split.clip.split(CHUNK)
+        return torch.cat([next(self._votes(part, [(self.sharpness, self.gamma)])) for part in rows])
+
+    def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
+        """Yield the votes under each `sharpness` and `gamma`; quick where neighbours in the list share a sharpness."""
+        yield from self._votes(
+            split.clip, [(s.get("sharpness", self.sharpness), s.get("gamma", self.gamma)) for s in settings]
+        )
+
+    def _votes(
+        self, x: Float[Tensor, "n D"], settings: Sequence[tuple[float, float]]
+    ) -> Iterator[Float[Tensor, "n C"]]:
+        closeness = normalize(x[:, self.channels_], dim=1) @ self.keys_.T - 1
+        current = None
+        for sharpness, gamma in settings:
+            if sharpness != current:
+                current, votes = sharpness, torch.exp(sharpness * closeness).view(len(x), *self.divergence_.shape)
+            yield torch.einsum("nck,ck->nc", votes, torch.exp(gamma * self.divergence_))
+
+
+class ProKeR(Predictor):
+    """Proximal kernel ridge regression: the residual of zero-shot CLIP, regressed on the support in closed form.
+
+        A = (K_SS / penalty + I)^-1 (Y - f_S T^T),    bias = 100 K(x, S) A,    K(a, b) = exp(-sharpness (1 - a b))
+
+    The authors add K A to cosines; the factor 100 brings both to the scale of `s0`. Their A is `penalty` times the
+    usual ridge coefficients, so a larger value means a stronger bias.
+
+    Args:
+        features: what the kernel compares: `clip`, `aux` or `clip+aux`.
+        sharpness: of the kernel, above 0; the authors' beta.
+        penalty: above 0; the authors' lambda.
+
+    Source: ProKeR (arXiv 2501.11175), eq. 11-12; repository ybendou/ProKeR at 035b684.
+    """
+
+    def __init__(self, features: str = "clip", sharpness: float = 1.0, penalty: float = 0.1) -> None:
+        self.features, self.sharpness, self.penalty = features, sharpness, penalty
+
+    def fit(self, task: FewShotTask) -> Self:
+        return self._fit_kernel(task, [self])[0]
+
+    @classmethod
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
+        """Fit every setting; those with the same kernel share its matrix."""
+        fitted = [cls(**setting) for setting in settings]
+        for kernel in {(p.features, p.sharpness) for p in fitted}:
+            cls._fit_kernel(task, [p for p in fitted if (p.features, p.sharpness) == kernel])
+        return fitted
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        rows = split.features(self.features).split(CHUNK)
+        return torch.cat([torch.exp(self.sharpness * (part @ self.keys_.T - 1)) @ self.coefficients_ for part in rows])
+
+    @staticmethod
+    def _fit_kernel(task: FewShotTask, members: Sequence[ProKeR]) -> Sequence[ProKeR]:
+        first, support = members[0], task.support
+        x = support.features(first.features)
+        precise = x.double() if len(x) <= 4 * CHUNK else x  # the matrix of 16,000 images would take 2 GB in float64
+        kernel = torch.exp(first.sharpness * (precise @ precise.T - 1))
+        hot = one_hot(support.y, task.num_classes)
+        residual = hot.to(kernel.dtype) - support.zero_shot.to(kernel.dtype) / LOGIT_SCALE
+        for member in members:
+            system = kernel / member.penalty
+            system.diagonal().add_(1)
+            solved = torch.cholesky_solve(residual, torch.linalg.cholesky(system))
+            member.keys_, member.coefficients_ = x, LOGIT_SCALE * solved.float()
+        return members

@@ -1,0 +1,175 @@
+"""Predictors that look at a whole split at once: a row's logits depend on the rows around it, never on their labels.
+
+Peers of this kind answer another question than the rest: what if all test images are there when the first is
+classified? Their figures are marked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from lib.caches import CHUNK
+from lib.predictors import Predictor
+from lib.tasks import LOGIT_SCALE, FewShotTask, Split
+
+
+class MAdapter(Predictor):
+    """M-Adapter (CapS-Adapter): a cache on images and captions, and a vote by how alike zero-shot predictions are.
+
+        k    = (1 - delta) x X^T + delta f S^T
+        bias = exp(-sharpness (1 - k)) Y - gamma rescale(KL(p || P)) Y,    p = softmax(cos(f, T) / temperature)
+
+    S are features of captions, one per support image; P are the support's zero-shot predictions. `rescale` maps the
+    divergences of a whole split onto the range of its k, so a row's logits depend on the rows around it.
+
+    A task carries no captions, so the text of an image's own class stands in for its caption. The released code takes
+    p over the feature's channels, not over classes, and drops rows of the last block of ten; the paper's formula is
+    followed (`corrected_dist_rows` of the reference). With delta = 0 this is SuS-X's Tip-X.
+
+    Args:
+        features: of the images' part X; the captions need CLIP's own space and always use it.
+        sharpness: as in `Cache`.
+        gamma: weight of the prediction votes, relative to the cache's.
+        delta: share of the captions in k, in [0, 1].
+        temperature: of p, on cosines.
+
+    Source: CapS-Adapter (arXiv 2405.16591); repository WLuLi/CapS-Adapter, `madapter.py`.
+    """
+
+    def __init__(
+        self,
+        features: str = "clip",
+        sharpness: float = 5.5,
+        gamma: float = 0.5,
+        delta: float = 0.3,
+        temperature: float = 0.5,
+    ) -> None:
+        self.features, self.sharpness, self.gamma = features, sharpness, gamma
+        self.delta, self.temperature = delta, temperature
+
+    def fit(self, task: FewShotTask) -> Self:
+        by_class = torch.argsort(task.support.y, stable=True)
+        self.keys_ = task.support.features(self.features)[by_class]
+        self.captions_ = self._captions(task)[by_class]
+        self.log_predictions_ = self._log_predictions(task.support)[by_class]
+        self.num_classes_ = task.num_classes
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        ranges = torch.stack([torch.stack([*k.aminmax(), *kl.aminmax()]) for k, kl in self._compare_all(split)])
+        low, high, kl_low, kl_high = ranges[:, 0].min(), ranges[:, 1].max(), ranges[:, 2].min(), ranges[:, 3].max()
+        found = []
+        for k, kl in self._compare_all(split):  # once more: keeping all of them would need n x N numbers twice
+            rescaled = low + (kl - kl_low) * (high - low) / (kl_high - kl_low).clamp_min(1e-12)
+            votes = torch.exp(self.sharpness * (k - 1)) - self.gamma * rescaled
+            found.append(votes.view(len(k), self.num_classes_, -1).sum(-1))
+        return torch.cat(found)
+
+    def _compare_all(self, split: Split) -> Iterator[tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]]:
+        return (self._compare(split.rows(rows)) for rows in torch.arange(len(split)).split(CHUNK))
+
+    def _compare(self, split: Split) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
+        k = (1 - self.delta) * split.features(self.features) @ self.keys_.T + self.delta * split.clip @ self.captions_.T
+        log_p = self._log_predictions(split)
+        p = log_p.exp()
+        return k, (p * log_p).sum(1, keepdim=True) - p @ self.log_predictions_.T
+
+    def _log_predictions(self, split: Split) -> Float[Tensor, "n C"]:
+        return (split.zero_shot / (LOGIT_SCALE * self.temperature)).log_softmax(1)
+
+    @staticmethod
+    def _captions(task: FewShotTask) -> Float[Tensor, "n D"]:
+        return task.text[task.support.y]
+
+
+class TransCLIP(Predictor):
+    """TransCLIP: all images of a split are classified together, as a mixture of Gaussians that CLIP's texts regularise.
+
+        z_i  ~ p_i^lam exp((l_i + (25 / m) sum_j (w_ji + w_ij) z_j) / 50),    p = softmax(s0)
+        l_ic = -sum_d (x_id - mu_cd)^2 / (2 v_d)
+
+    z are the class probabilities, w_ij the cosine of row i to its m nearest images of the split (support images are
+    rows too, with z at their labels). Eleven rounds of five updates of z, then of the means mu (unit length) and the
+    shared variance v from all images, the support's weighing 50 gamma / N each against 1 / n. The logits are log z and
+    a constant per row.
+
+    Rows stand in one order, images of the split first. The released code mixes two orders in the few-shot case, which
+    pairs neighbours with the wrong z; the formula is followed (`fs_rows_reordered` of the reference). As there, the
+    nearest image of every row is taken for itself and left out, which costs support images one true neighbour.
+
+    Args:
+        features: the space of the Gaussians and the neighbours; the prior is always CLIP's `s0`.
+        gamma: weight of the support; the authors choose among 0.002, 0.01, 0.02 and 0.2.
+        lam: power of the prior; None is the authors' 0.5, and 1 without the support.
+        neighbours: m.
+        use_support: False is the authors' zero-shot variant; its means start at each class's 8 most confident images.
+
+    Source: TransCLIP (arXiv 2406.01837), eq. 5-8; repository MaxZanella/transduction-for-vlms.
+    """
+
+    def __init__(
+        self,
+        features: str = "clip",
+        gamma: float = 0.02,
+        lam: float | None = None,
+        neighbours: int = 3,
+        use_support: bool = True,
+    ) -> None:
+        self.features, self.gamma, self.lam = features, gamma, lam
+        self.neighbours, self.use_support = neighbours, use_support
+
+    def fit(self, task: FewShotTask) -> Self:
+        keep = slice(None) if self.use_support else slice(0)
+        self.support_ = task.support.features(self.features)[keep]
+        self.hot_ = one_hot(task.support.y, task.num_classes).float()[keep]
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        x, shots, hot = split.features(self.features), self.support_, self.hot_
+        n, log_prior = len(x), split.zero_shot.log_softmax(1)
+        prior = (self.lam if self.lam is not None else 0.5 if self.use_support else 1.0) * log_prior
+        neighbour, closeness = self._neighbours(torch.cat([x, shots]), x)
+        pull = 25 / self.neighbours
+        z, mean = log_prior.exp(), self._initial_means(x, log_prior.exp())
+        variance = torch.full((x.shape[1],), 1 / x.shape[1])
+        for round_ in range(11):
+            likelihood = self._log_likelihood(x, mean, variance)
+            for _ in range(5):
+                known, smooth = torch.cat([z, hot]), torch.zeros_like(z)
+                for near, weight in zip(neighbour.T, closeness.T[:, :, None], strict=True):
+                    smooth.index_add_(0, near, weight * known).add_(weight[:n] * z[near[:n]])
+                log_z = prior + (likelihood + pull * smooth) / 50
+                z = log_z.softmax(1)
+            if round_ < 10:
+                weights, rows = torch.cat([z / n, 50 * self.gamma / max(1, len(shots)) * hot]), torch.cat([x, shots])
+                mean = normalize(weights.T @ rows, dim=1)
+                squares = weights.sum(1) @ rows.square() - 2 * (mean * (weights.T @ rows)).sum(0)
+                variance = (squares + weights.sum(0) @ mean.square()) / weights.sum()
+        return log_z
+
+    def _neighbours(
+        self, rows: Float[Tensor, "m D"], x: Float[Tensor, "n D"]
+    ) -> tuple[Int64[Tensor, "m k"], Float[Tensor, "m k"]]:
+        """Return the nearest images of the split for each row, but the nearest one, and their cosines."""
+        count = min(self.neighbours + 1, len(x))
+        found = [(part @ x.T).topk(count) for part in rows.split(1024)]
+        return torch.cat([f.indices for f in found])[:, 1:], torch.cat([f.values for f in found])[:, 1:]
+
+    def _initial_means(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> Float[Tensor, "C D"]:
+        if self.use_support:
+            return normalize(self.hot_.T @ self.support_, dim=1)
+        top = z.topk(min(8, len(z)), dim=0)
+        return normalize((top.values[:, :, None] * x[top.indices]).sum(0), dim=1)
+
+    @staticmethod
+    def _log_likelihood(
+        x: Float[Tensor, "n D"], mean: Float[Tensor, "C D"], variance: Float[Tensor, " D"]
+    ) -> Float[Tensor, "n C"]:
+        scaled = mean / variance
+        return x @ scaled.T - (x.square() @ (1 / variance))[:, None] / 2 - (mean * scaled).sum(1) / 2
