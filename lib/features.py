@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 
 from lib import backbones, banks, datasets, extraction
 from lib.banks import save_bank
+from lib.imports import import_amu, import_npz, import_tip_adapter
 
 __all__ = [
     "Features",
@@ -33,6 +34,9 @@ __all__ = [
     "bank_encoders",
     "bank_shot_index",
     "cache_root",
+    "import_amu",
+    "import_npz",
+    "import_tip_adapter",
     "load",
     "load_many",
     "load_text",
@@ -123,7 +127,7 @@ def load_many(
     data = datasets.load(dataset)
     recipes = [backbones.resolve(encoder) for encoder in encoders]
     images = data.images(split)
-    jobs = [_job(data.name, split, recipe, images, views, precision, cache_root(cache)) for recipe in recipes]
+    jobs = [_job(data.base, split, recipe, images, views, precision, cache_root(cache)) for recipe in recipes]
     found = [extraction.read(job) for job in jobs]
     if None in found:
         missing = {job.fingerprint: job for job, bank in zip(jobs, found, strict=True) if bank is None}
@@ -149,7 +153,7 @@ def load_many(
 def load_text(
     dataset: str,
     encoder: str,
-    templates: Sequence[str] | None = None,
+    templates: str | datasets.Prompts | None = None,
     *,
     device: str = "auto",
     precision: str = "fp32",
@@ -160,32 +164,31 @@ def load_text(
     Args:
         dataset: a name that `datasets.load` knows, or `features:PATH`, whose own text features are read.
         encoder: a CLIP encoder.
-        templates: prompts with one `{}`; None for the data set's own.
+        templates: None for the data set's own; otherwise see `datasets.prompts`.
 
     Raises:
-        ValueError: an encoder without a text tower, a template without `{}`, a bank without text features.
+        ValueError: an encoder without a text tower, prompts that cannot be used, a bank without text features.
     """
     if dataset.startswith("features:"):
         return _text_from_bank(dataset, encoder, templates)
     data, recipe = datasets.load(dataset), backbones.resolve(encoder)
-    prompts = tuple(data.templates if templates is None else templates)
-    wrong = [prompt for prompt in prompts if prompt.count("{}") != 1]
-    if wrong or not prompts:
-        raise ValueError(f"a template has one {{}} for the class name; got {wrong[0]!r}" if wrong else "no templates")
-    ingredients = _ingredients(recipe, precision) | {"classnames": data.classnames, "templates": prompts}
-    fingerprint = _hash(ingredients)
-    job = extraction.Job(
-        encoder, cache_root(cache) / "text" / f"{_slug(encoder)}-{fingerprint[:16]}", ingredients, fingerprint
-    )
+    prompts = datasets.prompts(templates, data)
+    texts = _texts(prompts, data.classnames)
+    fingerprint = _hash(ingredients := _ingredients(recipe, precision) | {"texts": texts})
+    folder = cache_root(cache) / "text" / f"{_slug(encoder)}-{fingerprint[:16]}"
+    job = extraction.Job(encoder, folder, ingredients, fingerprint)
     found = extraction.read(job)
     if found is None:
         model = backbones.load(encoder, device, precision)
-        x = torch.stack([_class_mean(model, [prompt.format(c) for prompt in prompts]) for c in data.classnames])
+        x = torch.stack([_class_mean(model, group) for group in texts])
         with extraction.locked(job.folder):
             extraction.write(job, x.shape, [torch.arange(len(x)), x], {"logit_scale": model.logit_scale})
         found = extraction.read(job)
     x, _, manifest = found
-    return TextFeatures(x, data.classnames, encoder, dataset, prompts, manifest["logit_scale"], fingerprint)
+    told = (
+        (f"{sum(map(len, texts))} sentences about {len(texts)} classes",) if isinstance(prompts, Mapping) else prompts
+    )
+    return TextFeatures(x, data.classnames, encoder, dataset, tuple(told), manifest["logit_scale"], fingerprint)
 
 
 def bank_encoders(dataset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -201,6 +204,12 @@ def bank_shot_index(dataset: str) -> Int64[Tensor, " n"] | None:
 def cache_root(cache: Path | None = None) -> Path:
     """Return the cache's folder: the argument, else LOGIT_BIAS_CACHE, else data/cache."""
     return Path(cache or os.environ.get("LOGIT_BIAS_CACHE") or datasets.PACKAGE_ROOT / "data" / "cache")
+
+
+def _texts(prompts: datasets.Prompts, classnames: Sequence[str]) -> list[list[str]]:
+    if isinstance(prompts, Mapping):
+        return [list(prompts[name]) for name in classnames]
+    return [[prompt.format(name) for prompt in prompts] for name in classnames]
 
 
 def _class_mean(model: backbones.Encoder, texts: list[str]) -> Float[Tensor, " D"]:
@@ -220,7 +229,6 @@ def _job(
     root: Path,
 ) -> extraction.Job:
     ingredients = _ingredients(recipe, precision) | {
-        "dataset": dataset,
         "split": split,
         "manifest": images.manifest,
         "views": views,
@@ -267,7 +275,7 @@ def _from_bank(dataset: str, split: str, encoder: str) -> Features:
     return Features(x, y, names, encoder, dataset, split, fingerprint)
 
 
-def _text_from_bank(dataset: str, encoder: str, templates: Sequence[str] | None) -> TextFeatures:
+def _text_from_bank(dataset: str, encoder: str, templates: object) -> TextFeatures:
     if templates is not None:
         raise ValueError(f"{dataset} holds text features already made; templates cannot be chosen")
     x, card = banks.text(dataset, encoder), banks.meta(dataset)

@@ -203,7 +203,8 @@ def _timm(name: str, rest: str) -> Recipe:
 
 
 def _mocov3(name: str, rest: str) -> Recipe:
-    preprocess = {"size": (224, 224), "crop": 224 / 256, "mode": "center", "interpolation": "bilinear", **IMAGENET}
+    # AMU-Tuning feeds MoCo the crop that CLIP gets (short side to 224, bicubic), with ImageNet's mean and std.
+    preprocess = {"size": (224, 224), "crop": 1.0, "mode": "center", "interpolation": "bicubic", **IMAGENET}
     return Recipe(name, "mocov3", "resnet50", _existing(name, rest), preprocess)
 
 
