@@ -2,19 +2,23 @@
 
     s = s0 + beta * u(s0) * bias
 
-`uncertainty` is `u`: a factor per image, large where zero-shot CLIP is unsure. Every function is pure, row-wise
-and finite on constant rows, one-hot rows and two classes, where the released code gives NaN or infinity.
+`uncertainty` is `u`: a factor per image, large where zero-shot CLIP is unsure. Every function is pure, row-wise (but
+for `classwise`) and finite on constant rows, one-hot rows and two classes, where the released code gives NaN or
+infinity. Rows that are NaN or infinite themselves are refused.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+Rule = Callable[..., Tensor]  # (zero_shot, bias, hyper-parameters) -> fused logits
 CONFIDENCES = ("none", "kurtosis", "entropy", "energy", "max", "max-min", "top5", "std")
 CODE_CONSTANT = 250.0  # what the released code divides the kurtosis by; it was chosen on 1,000 classes
 FLOOR = 1e-6  # confidences are kept above this, so that no image gets an infinite factor
@@ -100,7 +104,42 @@ def uncertainty(
 
 def fixed(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0) -> Float[Tensor, "n C"]:
     """Return `s0 + beta * bias`."""
+    _refuse_non_finite(zero_shot, bias)
     return zero_shot + beta * bias
+
+
+def learned(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0) -> Float[Tensor, "n C"]:
+    """Return `s0 + beta * bias`; methods with this rule take beta from `learn_beta` on the validation images."""
+    return fixed(zero_shot, bias, beta)
+
+
+def learn_beta(
+    zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], y: Int64[Tensor, " n"], limit: float = 1e4
+) -> float:
+    """Return the beta in [0, limit] that minimises the cross-entropy of `s0 + beta * bias`, a convex function of it.
+
+    Its slope, `mean_i sum_c (p_ic - Y_ic) bias_ic`, rises with beta, so bisection finds the zero. 0 means that the bias
+    helps no one, `limit` that it separates the images. The images must not be the ones the bias was fitted on: those it
+    fits too well, and beta would only grow with the overfit. Without validation images a published constant serves.
+    """
+    _refuse_non_finite(zero_shot, bias)
+    s0, b = zero_shot.double(), bias.double()
+    target = b.gather(1, y[:, None]).mean()
+
+    def slope(beta: float) -> float:
+        return (((s0 + beta * b).softmax(1) * b).sum(1).mean() - target).item()
+
+    low, high = 0.0, 1.0
+    if slope(low) >= 0:
+        return low
+    while slope(high) < 0:
+        if high >= limit:
+            return limit
+        low, high = high, min(2 * high, limit)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return high
 
 
 def uncertain(
@@ -113,7 +152,120 @@ def uncertain(
     constant: float = 1.0,
 ) -> Float[Tensor, "n C"]:
     """Return `s0 + beta * u(s0) * bias`, the bias weighing more where zero-shot CLIP is unsure (AMU-Tuning, eq. 11)."""
+    _refuse_non_finite(zero_shot, bias)
     return zero_shot + beta * uncertainty(zero_shot, confidence, rho, on, constant)[:, None] * bias
+
+
+def gated(
+    zero_shot: Float[Tensor, "n C"],
+    bias: Float[Tensor, "n C"],
+    beta: float = 1.0,
+    gate: str = "max",
+    threshold: float = 0.5,
+) -> Float[Tensor, "n C"]:
+    """Return `s0 + beta * bias` where zero-shot CLIP is less sure than `threshold`, and `s0` elsewhere.
+
+    Args:
+        gate: `max`, the largest probability of softmax(s0), or `margin`, its lead over the second.
+        threshold: in [0, 1]; 0 never adds the bias.
+    """
+    _refuse_non_finite(zero_shot, bias)
+    top = zero_shot.softmax(dim=-1).topk(min(2, zero_shot.shape[-1]), dim=-1).values
+    if gate not in ("max", "margin"):
+        raise ValueError(f"gate is 'max' or 'margin', not {gate!r}")
+    sure = top[:, 0] if gate == "max" else top[:, 0] - top[:, -1]
+    return zero_shot + beta * (sure < threshold).to(bias.dtype)[:, None] * bias
+
+
+def standardised(
+    zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0
+) -> Float[Tensor, "n C"]:
+    """Return `s0 + beta * z(bias)`, z-scored over the classes of each image, as AMU-Tuning's code does."""
+    _refuse_non_finite(zero_shot, bias)
+    return zero_shot + beta * standardise(bias)
+
+
+def classwise(
+    zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0, eps: float = 1e-5
+) -> Float[Tensor, "n C"]:
+    """Return `s0 + beta * (bias - mean) / sqrt(var + eps)`, z-scored over the images of each class.
+
+    Mean and variance (divisor n) are those of the rows given, so a row's result depends on the rows around it. It takes
+    away what the bias says about a class as such; a bias with a spread below sqrt(eps) shrinks.
+
+    Source: LumiNet's perception (arXiv 2310.03669); repository ismail31416/LumiNet.
+    """
+    _refuse_non_finite(zero_shot, bias)
+    centred = bias - bias.mean(dim=0)
+    return zero_shot + beta * centred / (bias.var(dim=0, correction=0) + eps).sqrt()
+
+
+def wise(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 0.5) -> Float[Tensor, "n C"]:
+    """Return `(1 - beta) s0 + beta * bias`.
+
+    For linear heads on CLIP's features this is the interpolation of weights, `100 f ((1 - beta) T + beta W)^T`.
+
+    Source: WiSE-FT (arXiv 2109.01903), eq. 1.
+    """
+    _refuse_non_finite(zero_shot, bias)
+    return zero_shot + beta * (bias - zero_shot)
+
+
+def dynamic(
+    zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0, limit: float = 10.0
+) -> Float[Tensor, "n C"]:
+    """Return `s0 + a b` with the a of each image that moves CLIP as far as b itself is from knowing nothing.
+
+        a = argmin_a (KL(softmax(s0 + a b) || softmax(s0)) - KL(softmax(b) || uniform))^2,    b = beta bias
+
+    over [0, limit].
+    The original compares a small model after and before fine-tuning; an auxiliary encoder has no zero-shot classifier,
+    so its "before" is uniform. The first divergence rises with a (its slope is a times a variance): bisection.
+
+    Source: dynamic logit fusion (arXiv 2406.15480), eq. 6.
+    """
+    _refuse_non_finite(zero_shot, bias)
+    steps, before = beta * bias, zero_shot.log_softmax(-1)
+    after = steps.log_softmax(-1)
+    shift = (after.exp() * after).sum(-1, keepdim=True) + math.log(bias.shape[-1])
+    low, high = torch.zeros_like(shift), torch.full_like(shift, limit)
+    for _ in range(24):
+        middle = (low + high) / 2
+        moved = (zero_shot + middle * steps).log_softmax(-1)
+        short = (moved.exp() * (moved - before)).sum(-1, keepdim=True) < shift
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return zero_shot + (low + high) / 2 * steps
+
+
+def mixture(
+    zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0, temperature: float = 1.0
+) -> Float[Tensor, "n C"]:
+    """Return `log sum_z p(z) softmax(s_z)` over two opinions, `s0` and `s0 + beta * bias`, on the scale of `s0`.
+
+    This is `perception` with opinions for contexts: the one with the larger logits is believed more.
+    """
+    _refuse_non_finite(zero_shot, bias)
+    opinions = torch.stack([zero_shot, zero_shot + beta * bias], dim=-1)
+    return perception(opinions, temperature=temperature) + zero_shot.logsumexp(dim=-1, keepdim=True)
+
+
+def perception(
+    logits: Float[Tensor, "n C Z"], contexts: Float[Tensor, "n Z"] | None = None, temperature: float = 1.0
+) -> Float[Tensor, "n C"]:
+    """Return `log p(y|x)` from logits in each of Z contexts (PerceptionCLIP).
+
+        p(y|x) = sum_z p(z|x) softmax_y(s_yz),    p(z|x) = softmax_z(q / temperature),
+        or, without `contexts`, p(z|x) = sum_y exp(s_yz / temperature) / sum_yz exp(s_yz / temperature)
+
+    Args:
+        logits: s, 100 times the cosine to the text of class y in context z.
+        contexts: q, 100 times the cosine to the text of context z alone.
+        temperature: above 0, of p(z|x) only. Everything stays in logarithms, so none is too small.
+
+    Source: PerceptionCLIP (arXiv 2308.01313); repository umd-huang-lab/perceptionCLIP, `classify`.
+    """
+    given = contexts / temperature if contexts is not None else (logits / temperature).logsumexp(dim=1)
+    return (given.log_softmax(-1)[:, None] + logits.log_softmax(dim=1)).logsumexp(dim=-1)
 
 
 def similarity(
@@ -140,7 +292,73 @@ def similarity(
 
 def replace(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
     """Return the bias alone: for methods whose predictor already holds the zero-shot knowledge."""
+    _refuse_non_finite(zero_shot, bias)
     return bias
+
+
+FUSIONS = {
+    rule.__name__: rule
+    for rule in (fixed, learned, uncertain, gated, standardised, classwise, wise, dynamic, mixture, replace)
+}
+LINEAR_IN_BETA = (fixed, learned, uncertain, gated, standardised, classwise, wise)  # s0 + beta * something
+
+
+def accuracy(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> float:
+    """Return the share of rows, in [0, 1], whose largest logit is the true class's."""
+    return (logits.argmax(1) == y).float().mean().item()
+
+
+def accuracy_over_beta(
+    rule: Rule,
+    zero_shot: Float[Tensor, "n C"],
+    bias: Float[Tensor, "n C"],
+    y: Int64[Tensor, " n"],
+    betas: Sequence[float],
+) -> list[float]:
+    """Return the accuracy in [0, 1] of `rule(zero_shot, bias, beta=...)` at each beta, as a loop over them would.
+
+    Along a rule that is linear in beta, the lead of the true class y over class c is a line, d_c + beta e_c, and the
+    image is right where all its lines are above 0: on one interval of beta, from the largest root of a rising line to
+    the smallest root of a falling one. So one pass over the classes serves any number of betas. Where a lead is
+    within rounding of 0 for some image, that beta is evaluated in the plain way.
+    """
+    plain = rule.func if isinstance(rule, partial) else rule
+    if len(betas) < 4 or plain not in LINEAR_IN_BETA:
+        return [accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    far = 1024.0  # a power of two, so that dividing by it rounds nothing
+    direction = (rule(zero_shot, bias, beta=far) - zero_shot) / far
+    lead, slope = (v.gather(1, y[:, None]) - v for v in (zero_shot, direction))
+    rounding = 8 * torch.finfo(zero_shot.dtype).eps
+    size, growth = (rounding * v.abs().amax(1, keepdim=True) for v in (zero_shot, direction))
+    growth = growth + size / far
+    at = torch.tensor(betas, dtype=zero_shot.dtype)[:, None]
+    surely, maybe = (_all_positive(lead + sign * size, slope + sign * growth, y, at) for sign in (-1, 1))
+    right = surely.sum(1)
+    for index in torch.nonzero((surely != maybe).any(1))[:, 0].tolist():
+        right[index] = (rule(zero_shot, bias, beta=betas[index]).argmax(1) == y).sum()
+    return (right / len(y)).tolist()
+
+
+def _all_positive(
+    start: Float[Tensor, "n C"], slope: Float[Tensor, "n C"], y: Int64[Tensor, " n"], at: Float[Tensor, "G 1"]
+) -> Tensor:
+    """Tell where all lines of a row but that of class y are above 0, `[G, n]`."""
+    flat = torch.finfo(slope.dtype).tiny
+    slope = torch.where(slope == 0, flat, slope)
+    root = (-start / slope).scatter(1, y[:, None], torch.nan)
+    low = torch.where((slope > 0) & ~root.isnan(), root, -torch.inf).amax(1)
+    high = torch.where((slope < 0) & ~root.isnan(), root, torch.inf).amin(1)
+    return (at > low) & (at < high)
+
+
+def _refuse_non_finite(zero_shot: Tensor, bias: Tensor) -> None:
+    """A row with NaN would be a vote for class 0."""
+    if zero_shot.shape != bias.shape:
+        raise ValueError(f"zero-shot logits are {list(zero_shot.shape)}, bias logits {list(bias.shape)}")
+    for name, logits in (("zero-shot", zero_shot), ("bias", bias)):
+        if not torch.isfinite(logits).all():
+            bad = int((~torch.isfinite(logits).all(dim=-1)).sum())
+            raise ValueError(f"{bad} of {len(logits)} rows of the {name} logits hold NaN or infinite values")
 
 
 def _is_constant(values: Float[Tensor, "*b C"]) -> Tensor:

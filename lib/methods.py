@@ -3,7 +3,8 @@
     s = s0 + beta * u(s0) * bias(features)
 
 A method is a triple, features x predictor x fusion, and an entry of `METHODS`. `build("amu", beta=2.0)` gives a
-`Method` with `fit(task)` and `logits(split)`. Three protocols say how hyper-parameters are chosen:
+`Method` with `fit(task)` and `logits(split)`; `build("gda/gated", features="aux")` one that nobody published, from any
+predictor of `PREDICTORS` and any rule of `fusion.FUSIONS`. Three protocols say how hyper-parameters are chosen:
 
     val     on the validation images (default)
     fixed   not at all: the published constants
@@ -16,13 +17,14 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Self
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import fusion, predictors
+from lib import caches, fusion, peers, predictors, transductive
 from lib.tasks import PROTOCOLS, FewShotTask, Split
 
 Setting = Mapping[str, object]
@@ -43,7 +45,7 @@ class Entry:
 
     title: str
     predictor: type[predictors.Predictor]
-    fusion: Callable[..., Tensor]
+    fusion: fusion.Rule
     source: str
     defaults: Setting = field(default_factory=dict)
     refit: Mapping[str, Sequence] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class Entry:
 
 # The paper gives no beta. Class-mean heads on unit features spread their logits by 0.1 to 0.2 over the classes and
 # 1/kappa is near 0.6, so a beta of 5 adds about what the code's 0.5 adds to z-scored logits.
-AMU_BETAS = (5.0, 1.0, 2.0, 10.0, 20.0)
+AMU_BETAS = (5.0, 0.5, 1.0, 2.0, 10.0, 20.0)
 AMU_CODE = {
     "standardised": True,
     "on": "probabilities",
@@ -67,6 +69,12 @@ AMU_CODE = {
     "select_epoch": True,
 }
 
+
+def steps(start: float, stop: float, count: int, published: float) -> tuple[float, ...]:
+    """Return an authors' grid, `start + i (stop - start) / count` for i < count, behind their published constant."""
+    return (published, *(start + i * (stop - start) / count for i in range(count)))
+
+
 METHODS: dict[str, Entry] = {
     "zero_shot": Entry("Zero-shot CLIP", predictors.NoPredictor, fusion.fixed, "Radford et al., 2021"),
     "linear_probe": Entry(
@@ -75,6 +83,103 @@ METHODS: dict[str, Entry] = {
         fusion.replace,
         "Radford et al., 2021",
         refit={"inverse_penalty": (10.0, 0.1, 1.0, 100.0, 1000.0)},
+    ),
+    "clip_adapter": Entry(
+        "CLIP-Adapter",
+        peers.CLIPAdapter,
+        fusion.replace,
+        "arXiv 2110.04544; repository gaopengcuhk/CLIP-Adapter",
+        refit={"ratio": (0.2, 0.6)},
+    ),
+    "tip_adapter": Entry(
+        "Tip-Adapter",
+        caches.Cache,
+        fusion.fixed,
+        "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet.yaml",
+        defaults={"beta": 1.17},
+        grid={"sharpness": steps(0.1, 7, 200, 1.0), "beta": steps(0.1, 3, 20, 1.17)},
+    ),
+    "tip_adapter_f": Entry(
+        "Tip-Adapter-F",
+        caches.TrainedCache,
+        fusion.fixed,
+        "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet.yaml",
+        defaults={"beta": 1.17},
+        grid={"sharpness": steps(0.1, 7, 200, 1.0), "beta": steps(0.1, 3, 20, 1.17)},
+    ),
+    "cafo": Entry(
+        "CaFo",
+        caches.SimilarCaches,
+        fusion.fixed,
+        "arXiv 2303.02151; repository OpenGVLab/CaFo, caltech101/16shot.yaml",
+        defaults={"beta": 1.3},
+        grid={"sharpness": steps(0.1, 12, 200, 1.0), "beta": steps(0.1, 5, 20, 1.3)},
+    ),
+    "taskres": Entry("TaskRes", peers.TaskRes, fusion.replace, "arXiv 2211.10277; repository geekyutao/TaskRes"),
+    "text_probe": Entry("Text-initialised probe", peers.TextProbe, fusion.replace, "arXiv 2312.12730, its ZS-LP"),
+    "cross_modal": Entry(
+        "Cross-modal probe",
+        peers.CrossModal,
+        fusion.replace,
+        "arXiv 2301.06267; repository linzhiqiu/cross_modal_adaptation",
+    ),
+    "gda": Entry(
+        "GDA",
+        predictors.GDA,
+        fusion.fixed,
+        "arXiv 2402.04087; repository mrflogs/ICLR24",
+        defaults={"beta": 0.1},
+        grid={"beta": (0.1, 1e-4, 1e-3, 0.01, 1.0, 10.0, 100.0)},
+    ),
+    "ape": Entry(
+        "APE",
+        caches.APE,
+        fusion.fixed,
+        "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
+        grid={
+            "sharpness": steps(0.1, 7, 200, 1.0),
+            "gamma": steps(0.0, 1, 5, 0.1),
+            "beta": steps(0.1, 7, 20, 1.0),
+        },
+    ),
+    "lp_plus_plus": Entry(
+        "LP++",
+        peers.LPPlusPlus,
+        fusion.replace,
+        "arXiv 2404.02285; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline",
+    ),
+    "clap": Entry(
+        "CLAP",
+        peers.TextProbe,
+        fusion.replace,
+        "arXiv 2312.12730; repository jusiro/CLAP",
+        defaults={"constraint": "l2"},
+    ),
+    "proker": Entry(
+        "ProKeR",
+        caches.ProKeR,
+        fusion.fixed,
+        "arXiv 2501.11175; repository ybendou/ProKeR at 035b684, whose grid has 20 values of sharpness",
+        refit={"sharpness": steps(0.5, 3.5, 6, 1.0), "penalty": steps(0.001, 1.11, 10, 0.1)},
+    ),
+    "m_adapter": Entry(
+        "M-Adapter",
+        transductive.MAdapter,
+        fusion.fixed,
+        "arXiv 2405.16591; repository WLuLi/CapS-Adapter; the grid is ours",
+        grid={
+            "sharpness": (5.5, 1.0, 3.0, 8.0),
+            "gamma": (0.5, 0.0, 0.25, 1.0),
+            "delta": (0.3, 0.0, 0.6),
+            "beta": steps(0.1, 5, 20, 1.0),
+        },
+    ),
+    "transclip": Entry(
+        "TransCLIP",
+        transductive.TransCLIP,
+        fusion.replace,
+        "arXiv 2406.01837; repository MaxZanella/transduction-for-vlms",
+        grid={"gamma": (0.02, 0.002, 0.01, 0.2)},
     ),
     "aux_only": Entry(
         "Auxiliary only",
@@ -102,6 +207,28 @@ METHODS: dict[str, Entry] = {
 }
 
 
+# Every predictor by name, for triples that nobody published; METHODS says which names the literature uses.
+PREDICTORS: dict[str, type[predictors.Predictor]] = {
+    "linear_probe": predictors.LinearProbe,
+    "head": predictors.MultiBranchHead,
+    "mlp": predictors.MLP,
+    "gda": predictors.GDA,
+    "cache": caches.Cache,
+    "trained_cache": caches.TrainedCache,
+    "similar_caches": caches.SimilarCaches,
+    "ape": caches.APE,
+    "proker": caches.ProKeR,
+    "clip_adapter": peers.CLIPAdapter,
+    "taskres": peers.TaskRes,
+    "text_probe": peers.TextProbe,
+    "cross_modal": peers.CrossModal,
+    "lp_plus_plus": peers.LPPlusPlus,
+    "m_adapter": transductive.MAdapter,
+    "transclip": transductive.TransCLIP,
+}
+ANY_BETA = (1.0, *(10 ** (i / 4) for i in range(-12, 13)))  # biases of all sizes meet all rules in a factorial
+
+
 class Method:
     """A fitted or fittable triple; made by `build`.
 
@@ -121,22 +248,21 @@ class Method:
         """Learn from the support and choose hyper-parameters as the protocol says; test labels are out of reach."""
         tuning = task.for_tuning(self.protocol)
         fixed = self.entry.arguments() | self.overrides
-        refit, grid = (
-            ([], []) if self.protocol == "fixed" else (self._open(self.entry.refit), self._open(self.entry.grid))
-        )
-        candidates = list(_settings(dict(refit)))
+        refit, grid = self._open(self.entry.refit), self._open(self.entry.grid)
+        candidates = list(_settings(refit))
         fitted = self.entry.predictor.fit_many(
             tuning, [_for(self.entry.predictor, fixed | candidate) for candidate in candidates]
         )
         self.predictor_, self.chosen_, self.val_accuracy_ = fitted[0], {}, None
-        if refit or grid:
-            best = -1.0
-            for predictor, candidate in zip(fitted, candidates, strict=True):
-                for setting, logits in self._grid_logits(predictor, fixed | candidate, dict(grid), tuning.val):
-                    right = (logits.argmax(1) == tuning.val.y).float().mean().item()
-                    if right > best:
-                        best, self.predictor_, self.chosen_ = right, predictor, candidate | setting
-            self.val_accuracy_ = best
+        if refit or grid or self._learns_beta():
+            if tuning.val is None:
+                raise ValueError(f"{self.name} has to choose, but {task.name} has no validation images")
+            outcomes = (
+                (accuracy, predictor, candidate | setting)
+                for predictor, candidate in zip(fitted, candidates, strict=True)
+                for setting, accuracy in self._outcomes(predictor, fixed | candidate, grid, tuning.val)
+            )
+            self.val_accuracy_, self.predictor_, self.chosen_ = max(outcomes, key=lambda outcome: outcome[0])
         self.settings_ = fixed | self.chosen_
         vars(self.predictor_).update(_for(self.entry.predictor, self.settings_))
         return self
@@ -149,42 +275,74 @@ class Method:
         """Return the fused logits of each row."""
         return self.entry.fusion(split.zero_shot, self.bias(split), **_for(self.entry.fusion, self.settings_))
 
-    def _open(self, values: Mapping[str, Sequence]) -> list[tuple[str, Sequence]]:
-        return [(name, options) for name, options in values.items() if name not in self.overrides]
+    def _open(self, values: Mapping[str, Sequence]) -> dict[str, Sequence]:
+        """Return what the protocol has to choose."""
+        free = self.protocol != "fixed"
+        return {name: options for name, options in values.items() if free and name not in self.overrides}
 
-    def _grid_logits(
-        self, predictor: predictors.Predictor, fixed: Setting, grid: Mapping[str, Sequence], split: Split
-    ) -> Iterator[tuple[Setting, Tensor]]:
-        """Yield every setting of the grid with its fused logits; the bias is computed once per predictor setting."""
-        inner = {name: v for name, v in grid.items() if name in _defaults(self.entry.predictor)}
-        outer = {name: v for name, v in grid.items() if name not in inner}
+    def _learns_beta(self) -> bool:
+        return self.entry.fusion is fusion.learned and bool(self._open({"beta": ()}))
+
+    def _outcomes(
+        self, predictor: predictors.Predictor, fixed: Setting, grid: Mapping[str, Sequence], val: Split
+    ) -> Iterator[tuple[Setting, float]]:
+        """Yield every setting of the grid with its accuracy; a bias is computed once for all fusions, and all betas
+        of a fusion are judged together.
+        """
+        inner = {name: options for name, options in grid.items() if name in _defaults(self.entry.predictor)}
+        outer = {name: options for name, options in grid.items() if name not in inner and name != "beta"}
         settings = list(_settings(inner))
-        for setting, bias in zip(settings, predictor.logits_grid(split, settings), strict=True):
+        for setting, bias in zip(settings, predictor.logits_grid(val, settings), strict=True):
             for rest in _settings(outer):
                 chosen = setting | rest
-                yield chosen, self.entry.fusion(split.zero_shot, bias, **_for(self.entry.fusion, fixed | chosen))
+                arguments = _for(self.entry.fusion, fixed | chosen)
+                betas = grid.get("beta", (arguments.pop("beta", None),))
+                if self._learns_beta():
+                    betas = (fusion.learn_beta(val.zero_shot, bias, val.y),)
+                if betas == (None,):
+                    yield chosen, fusion.accuracy(self.entry.fusion(val.zero_shot, bias, **arguments), val.y)
+                    continue
+                arguments.pop("beta", None)
+                found = fusion.accuracy_over_beta(
+                    partial(self.entry.fusion, **arguments), val.zero_shot, bias, val.y, betas
+                )
+                named = "beta" in grid or self._learns_beta()
+                for beta, accuracy in zip(betas, found, strict=True):
+                    yield chosen | ({"beta": beta} if named else {}), accuracy
 
 
 def build(name: str, protocol: str = "val", **overrides: object) -> Method:
     """Return a method by name.
 
     Args:
-        name: a key of `METHODS`.
+        name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.FUSIONS`.
         protocol: `val`, `fixed` or `oracle`.
         overrides: hyper-parameters to hold at a value; they are then not chosen.
 
     Raises:
         ValueError: an unknown name, protocol or hyper-parameter.
     """
-    if name not in METHODS:
-        raise ValueError(f"no method {name!r}; {_nearest(name, METHODS)}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
-    entry = METHODS[name]
+    entry = _entry(name)
     for key in overrides:
         if key not in entry.arguments():
             raise ValueError(f"{name} has no hyper-parameter {key!r}; {_nearest(key, entry.arguments())}")
     return Method(name, entry, protocol, overrides)
+
+
+def _entry(name: str) -> Entry:
+    if name in METHODS:
+        return METHODS[name]
+    predictor, slash, rule = name.partition("/")
+    if not slash:
+        raise ValueError(f"no method {name!r}; {_nearest(name, METHODS)}")
+    for part, known, what in ((predictor, PREDICTORS, "predictor"), (rule, fusion.FUSIONS, "fusion")):
+        if part not in known:
+            raise ValueError(f"no {what} {part!r}; {_nearest(part, known)}")
+    found = fusion.FUSIONS[rule]
+    grid = {"beta": ANY_BETA} if "beta" in _defaults(found) and found is not fusion.learned else {}
+    return Entry(name, PREDICTORS[predictor], found, "a triple of the workbook's own", grid=grid)
 
 
 def _nearest(wanted: str, known: Mapping) -> str:
