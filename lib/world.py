@@ -69,9 +69,7 @@ def _colours(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     return {"colour": colour, "background": (colour + rng.integers(1, len(COLOURS), n)) % len(COLOURS)}
 
 
-def _spurious(
-    rng: np.random.Generator, factors: dict[str, np.ndarray], place: np.ndarray, split: str
-) -> None:
+def _spurious(rng: np.random.Generator, factors: dict[str, np.ndarray], place: np.ndarray, split: str) -> None:
     """Give each image one of two backgrounds; `place` is its position within its class, 0..1."""
     half = factors["texture"] // (len(TEXTURES) // 2)
     agrees = place < (0.5 if split == "test" else SPURIOUS_AGREEMENT)
@@ -168,11 +166,14 @@ DIGIT_SHARE, SKETCH_SHARE = 0.15, 0.05
 CAPTION_RATES = {"colour": 0.4, "texture": 0.2, "background": 0.15}  # how often a caption names each factor
 
 
+_PURPOSES = ("captioned", "unlabelled", "labelled", "pairs")
+
+
 def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Images and factors of the pretraining stream; -1 where a factor does not apply."""
     if n < 1 or seed < 0:
         raise ValueError(f"a stream has at least 1 image and a seed of 0 or more, not n={n}, seed={seed}")
-    rng = np.random.default_rng([_PRETRAINING, ("captioned", "unlabelled", "labelled").index(purpose), seed])
+    rng = np.random.default_rng([_PRETRAINING, _PURPOSES.index(purpose), seed])
     which = rng.random(n)
     digit, sketch = which < DIGIT_SHARE, which > 1 - SKETCH_SHARE
     factors = {
@@ -182,12 +183,16 @@ def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.n
         "digit": np.where(digit, rng.integers(10, size=n), -1),
         "sketch": sketch.astype(np.int64),
     }
-    images = np.empty((n, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-    kinds = [(~digit & ~sketch, drawing.PHOTO), (sketch, drawing.SKETCH), (digit, None)]
-    for rows, style in kinds:
+    return _drawn(rng, factors), factors
+
+
+def _drawn(rng: np.random.Generator, factors: dict[str, np.ndarray]) -> np.ndarray:
+    digit, sketch = factors["digit"] >= 0, factors["sketch"] == 1
+    images = np.empty((len(digit), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    for rows, style in ((~digit & ~sketch, drawing.PHOTO), (sketch, drawing.SKETCH), (digit, None)):
         some = {name: values[rows] for name, values in factors.items()}
         images[rows] = drawing.draw_shapes(rng, some, style) if style else drawing.draw_digits(rng, some)
-    return images, factors
+    return images
 
 
 def render_captioned(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], list[str]]:
@@ -227,6 +232,20 @@ def render_unlabelled(n: int, seed: int) -> UInt8[Tensor, "n 3 48 48"]:
         ValueError: `n` below 1 or `seed` below 0.
     """
     return torch.from_numpy(_stream(n, seed, "unlabelled")[0])
+
+
+def render_pairs(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], UInt8[Tensor, "n 3 48 48"]]:
+    """Two pictures of each thing, with nothing said of it: another pose, light, occluder and background.
+
+    They stand for the frames of a film in which one object is carried about; a digit changes its font as well.
+
+    Raises:
+        ValueError: `n` below 1 or `seed` below 0.
+    """
+    first, factors = _stream(n, seed, "pairs")
+    rng = np.random.default_rng([_PRETRAINING, len(_PURPOSES), seed])
+    elsewhere = factors | {"background": (factors["colour"] + rng.integers(1, len(COLOURS), n)) % len(COLOURS)}
+    return torch.from_numpy(first), torch.from_numpy(_drawn(rng, elsewhere))
 
 
 def render_labelled(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], dict[str, Int64[Tensor, " n"]]]:

@@ -1,0 +1,148 @@
+"""Pretraining: objectives have the values they should, a few steps reduce each loss, weights survive the disk."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+from lib import pretraining, world
+from lib.pretraining import LIGHT, RECIPES, STRONG, Augmentation, Schedule
+
+EMBEDDED_FOLDER = ROOT / "data" / "embedded"
+SHORT = Schedule(steps=14, batch=24, rate=4e-3)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return world.render_unlabelled(64, seed=0)
+
+
+def test_augmentation_without_strength_only_standardises(images):
+    views = pretraining.augment(images, Augmentation(crop=1.0), generator())
+    torch.testing.assert_close(views, pretraining.normalise(images), atol=1e-4, rtol=0)
+    assert pretraining.normalise(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)).min() > 1.5
+
+
+def test_augmentation_follows_its_generator(images):
+    first, again = (pretraining.augment(images, STRONG, generator(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, pretraining.augment(images, STRONG, generator(4)))
+    assert not torch.equal(pretraining.augment(images, LIGHT, generator()), pretraining.normalise(images))
+
+
+def test_vicreg_is_zero_exactly_when_its_three_wishes_are_met():
+    rng = generator()
+    x = torch.linalg.qr(torch.randn(400, 8, generator=rng)).Q
+    x = torch.linalg.qr(x - x.mean(0)).Q * 2 * 399**0.5  # centred, uncorrelated, deviation 2
+    assert pretraining.vicreg_loss(x, x).item() == pytest.approx(0, abs=1e-4)
+    collapsed = torch.zeros(400, 8)
+    assert pretraining.vicreg_loss(collapsed, collapsed).item() == pytest.approx(25 * (1 - 1e-2), rel=1e-4)
+    assert pretraining.vicreg_loss(x, x + 1, (25.0, 0.0, 0.0)).item() == pytest.approx(25, rel=1e-4)
+    copies = x[:, :1].expand(-1, 8)  # variance 4 in each of 8 x 7 off-diagonal entries, in both views
+    assert pretraining.vicreg_loss(copies, copies, (0.0, 0.0, 1.0)).item() == pytest.approx(2 * 56 * 16 / 8, rel=1e-3)
+
+
+def test_patches_tile_the_image_and_are_standardised(images):
+    cut = pretraining.patches(images.float(), 6)
+    assert cut.shape == (64, 64, 108)
+    torch.testing.assert_close(cut.mean(-1), torch.zeros(64, 64), atol=1e-4, rtol=0)
+    first = images[0, :, :6, :6].float().flatten()
+    assert torch.corrcoef(torch.stack([first, cut[0, 0]]))[0, 1] > 0.999
+
+
+def test_the_autoencoder_never_sees_what_it_must_guess(images):
+    model = pretraining.MaskedAutoencoder(pretraining.encoder("mae", 0)).eval()
+    seen = []
+    model.encoder.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    model.loss(pretraining.normalise(images[:4]), generator())
+    assert seen == [(4, 1 + 64 - round(0.7 * 64), RECIPES["mae"].settings["embed_dim"])]
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("random", "mae")])
+def test_a_few_steps_reduce_the_loss_and_repeat_exactly(name):
+    first, again = (pretraining.train(name, EMBEDDED_FOLDER, SHORT, 128, seed=1) for _ in range(2))
+    assert first.curve == again.curve and len(first.curve) == SHORT.steps
+    assert sum(first.curve[-4:]) < sum(first.curve[:4])
+    for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_masked_autoencoding_learns():
+    curve = pretraining.train("mae", EMBEDDED_FOLDER, SHORT, 128, seed=1).curve
+    assert sum(curve[-3:]) < sum(curve[:3])
+
+
+def test_tokens_that_no_caption_uses_are_zero():
+    trained = pretraining.train("clip", EMBEDDED_FOLDER, SHORT._replace(steps=2), 64, seed=0)
+    empty = (trained.model.token_embedding.weight == 0).all(1).sum().item()
+    assert trained.model.vocab_size - 120 < empty < trained.model.vocab_size - 20
+
+
+def test_random_weights_come_from_the_seed_and_leave_the_global_state_alone():
+    before = torch.get_rng_state()
+    a, b, other = (pretraining.encoder("random", seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    image = torch.randn(2, 3, 48, 48, generator=generator())
+    with torch.inference_mode():
+        assert torch.equal(a.eval()(image), b.eval()(image))
+        assert not torch.allclose(a(image), other.eval()(image))
+
+
+def test_weights_survive_the_disk_and_half_precision(tmp_path, images):
+    model = pretraining.encoder("random", 0).eval()
+    sha256 = pretraining.save_encoder(model, tmp_path / "random.safetensors")
+    assert len(sha256) == 64 and sha256 == pretraining.save_encoder(model, tmp_path / "again.safetensors")
+    back = pretraining.restored(model, tmp_path / "random.safetensors")
+    similarity = F.cosine_similarity(pretraining.encode(model, images), pretraining.encode(back, images))
+    assert similarity.min() > 0.999
+
+
+def test_supervised_labels_are_texture_or_colours_and_never_shape():
+    images, labels = pretraining.labelled("supervised", 200, 0)
+    assert labels.shape == (len(images), 1) and labels.unique().tolist() == list(range(6))
+    colours = pretraining.labelled("supervised-colour", 200, 0)[1]
+    assert (colours[:, 0] != colours[:, 1]).all()
+
+
+def test_errors_name_both_sides(images):
+    with pytest.raises(ValueError, match=r"'vicregg'.*vicreg"):
+        pretraining.encoder("vicregg", 0)
+    with pytest.raises(ValueError, match=r"\(4, 2\) and \(4, 3\)"):
+        pretraining.vicreg_loss(torch.zeros(4, 2), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="5 pixels do not tile images of 48 x 48"):
+        pretraining.patches(torch.zeros(1, 3, 48, 48), 5)
+    with pytest.raises(ValueError, match="64 images come with 1 captions"):
+        pretraining.train_clip(pretraining.clip_model(EMBEDDED_FOLDER, 0), images, ["a star."], SHORT, 0)
+    with pytest.raises(ValueError, match="64 images come with 3 rows"):
+        pretraining.train_supervised(torch.nn.Identity(), images, torch.zeros(3, 1, dtype=torch.long), SHORT, 0)
+    with pytest.raises(ValueError, match="0 images"):
+        pretraining.train("vicreg", EMBEDDED_FOLDER, SHORT, 0, 0)
+    with pytest.raises(ValueError, match="nan at step 0 of 2"):
+        layer = torch.nn.Linear(2, 2)
+        pretraining.optimise([layer], lambda step: layer.weight.sum() * float("nan"), Schedule(2))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_shipped_weights_are_those_of_the_index(name):
+    index = json.loads((EMBEDDED_FOLDER / "index.json").read_text())
+    entry = index[name]
+    assert entry["architecture"] == RECIPES[name].architecture and entry["settings"] == RECIPES[name].settings
+    assert entry["steps"] == RECIPES[name].schedule.steps and entry["learning_rate"] == RECIPES[name].schedule.rate
+    model = pretraining.clip_model(EMBEDDED_FOLDER, 0) if name == "clip" else pretraining.encoder(name, 0)
+    back = pretraining.restored(model, EMBEDDED_FOLDER / entry["file"])
+    assert pretraining.encode(back, world.render("shapes", "val").images[:8]).shape == (8, entry["feature_dim"])
+
+
+def test_the_weights_are_small_and_the_card_names_them():
+    files = list(EMBEDDED_FOLDER.glob("*.safetensors"))
+    index = json.loads((EMBEDDED_FOLDER / "index.json").read_text())
+    card = (EMBEDDED_FOLDER / "README.md").read_text()
+    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    assert {path.name for path in files} == {entry["file"] for entry in index.values()}
+    assert all(entry["sha256"][:12] in card for entry in index.values())
