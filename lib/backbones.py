@@ -22,6 +22,7 @@ from lib.recipes import Recipe, file_hash, one_line, resolve
 
 PRECISIONS = ("fp32", "bf16")
 TEXT_BATCH = 256
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # numbers among OpenAI's weights
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ def load(name: str, device: str = "auto", precision: str = "fp32") -> Encoder:
     place, recipe = _device(device), resolve(name)
     try:
         model, tokenizer = _build(recipe)
-    except (RuntimeError, KeyError, OSError, AttributeError, ImportError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a file of anybody's may fail in any way; its name matters
         what = recipe.weights.name if recipe.weights else "random weights"
-        raise ValueError(f"{name}: cannot read {what} as {recipe.architecture}: {_one_line(error)}") from error
+        raise ValueError(f"{name}: cannot read {what} as {recipe.architecture}: {one_line(error)}") from error
     model = model.eval().requires_grad_(False).to(place, memory_format=torch.channels_last)
     transform, augment = _transforms(recipe.preprocess)
     kind = "image" if tokenizer is None else "clip"
@@ -129,37 +130,37 @@ def _build_open_clip(recipe: Recipe) -> tuple[nn.Module, Callable[[list[str]], T
 
     if open_clip.get_model_config(recipe.architecture) is None:
         open_clip.add_model_config(recipes.EMBEDDED_FOLDER)
-    openai = recipe.weights is not None and _is_openai(recipe.weights)
-    if openai and not open_clip.get_model_config(recipe.architecture).get("quick_gelu"):
+    state = _openai_state(recipe.weights) if recipe.weights else None
+    if state and not open_clip.get_model_config(recipe.architecture).get("quick_gelu"):
         raise RuntimeError(f"OpenAI's weights were trained with QuickGELU; use {recipe.architecture}-quickgelu")
     with _quiet():
-        if openai:
-            model = open_clip.load_openai_model(str(recipe.weights), precision="fp32", device="cpu")
-        else:
-            model = open_clip.create_model(
-                recipe.architecture, load_weights=False, pretrained_image=False, pretrained_text=False
-            )
-            if recipe.weights:
-                open_clip.load_checkpoint(model, str(recipe.weights), strict=True, weights_only=True)
+        untrained = {"load_weights": False, "pretrained_image": False, "pretrained_text": False}
+        model = open_clip.create_model(recipe.architecture, **untrained)
+        if state:
+            model.load_state_dict(state)
+        elif recipe.weights:
+            open_clip.load_checkpoint(model, str(recipe.weights), strict=True, weights_only=True)
         return model, open_clip.get_tokenizer(recipe.architecture)
 
 
-def _is_openai(path: Path) -> bool:
-    """Tell whether a file is in OpenAI's format: a TorchScript archive, or its state dict.
+def _openai_state(path: Path) -> dict[str, Tensor] | None:
+    """Return the weights of a file in OpenAI's format, a TorchScript archive or its state dict; None for others.
 
     Raises:
         RuntimeError: a TorchScript archive that OpenAI did not publish; such a file could hold any program.
     """
+    state = None
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any(member.endswith("/constants.pkl") for member in archive.namelist()):
-                if file_hash(path) not in _openai_hashes():
-                    raise RuntimeError("a TorchScript archive that is not one of OpenAI's; save its state_dict instead")
-                return True
-    if path.suffix == ".safetensors":
-        return False
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return isinstance(state, dict) and "input_resolution" in state
+            scripted = any(member.endswith("/constants.pkl") for member in archive.namelist())
+        if scripted and file_hash(path) not in _openai_hashes():
+            raise RuntimeError("a TorchScript archive that is not one of OpenAI's; save its state_dict instead")
+        state = torch.jit.load(path, map_location="cpu").state_dict() if scripted else None
+    if state is None and path.suffix != ".safetensors":
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "input_resolution" not in state:
+        return None
+    return {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
 
 
 def _openai_hashes() -> set[str]:

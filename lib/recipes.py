@@ -150,8 +150,8 @@ def _open_clip(name: str, rest: str) -> Recipe:
         hint = f"; {plain} has it, without QuickGELU" if open_clip.get_pretrained_cfg(plain, tag) else ""
         raise ValueError(f"{name}: {architecture} has no tag or file {tag!r}{hint}. Its tags: {tags}")
     right = plain if config.get("quick_gelu") else f"{plain}-quickgelu"
-    # Two tags have no architecture of the other kind (roberta-ViT-B-32 among them): there the card is incomplete.
-    if _gelu(card) != _gelu(config) and open_clip.get_model_config(right):
+    # An architecture with QuickGELU under a plain name (roberta-ViT-B-32) has a card that does not mention it.
+    if _gelu(card) != _gelu(config) and right != architecture and open_clip.get_model_config(right):
         raise ValueError(
             f"{name}: these weights were trained with {_gelu(card)}, the architecture has {_gelu(config)}; "
             f"the right name is open_clip:{right}/{tag}"
