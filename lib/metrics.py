@@ -168,7 +168,7 @@ def shapley(value: Callable[[frozenset[str]], float], players: Sequence[str]) ->
 # --- significance ----------------------------------------------------------------------------------------------
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> tuple[float, float]:
     """Return the mean and the half-width of its t interval; the width of a single value is NaN."""
     found = np.asarray(values, dtype=float)
     if len(found) < 2:

@@ -19,6 +19,7 @@ from lib import features
 
 LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
 PROTOCOLS = ("val", "fixed", "oracle")
+EMBEDDED_AUX = ("embedded:vicreg", "embedded:mae", "embedded:supervised", "embedded:random")
 
 
 @dataclass(frozen=True)
@@ -151,30 +152,41 @@ class Bank:
     fingerprints: Mapping[str, str]
 
 
+def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, tuple[str, ...]]:
+    """Return the names of a data set's CLIP encoder and auxiliary encoders.
+
+    `auto` stands for the embedded ones, or for those of the bank: its first CLIP file, all its auxiliary files.
+    """
+    if dataset.startswith("features:"):
+        clips, known = features.bank_encoders(dataset)
+    else:
+        clips, known = ("embedded:clip",), EMBEDDED_AUX
+    if (clip == "auto" and not clips) or (aux == "auto" and not known):
+        raise ValueError(f"{dataset} holds CLIP features {clips} and auxiliary features {known}; one of each is needed")
+    return clips[0] if clip == "auto" else clip, tuple(known) if aux == "auto" else tuple(aux.split("+"))
+
+
 def load_bank(dataset: str, clip: str = "auto", aux: str = "auto", **extraction: object) -> Bank:
     """Load (or extract once) the features of a data set.
 
     Args:
         dataset: a name that `datasets.load` knows, or `features:PATH`.
-        clip: a CLIP encoder by name; `auto` is `embedded:clip`, or the first CLIP file of a bank.
-        aux: an auxiliary encoder by name, or several joined by `+` (unit rows side by side); `auto` is
-            `embedded:vicreg`, or the first auxiliary file of a bank.
-        extraction: passed on to `features.load` (device, precision, batch_size, ...).
+        clip: a CLIP encoder by name, or `auto`, see `encoders`.
+        aux: an auxiliary encoder by name, several joined by `+` (unit rows side by side), or `auto` for the first.
+        extraction: passed on to `features.load_many` (device, precision, batch_size, ...).
     """
-    is_bank = dataset.startswith("features:")
-    clips, auxes = features.bank_encoders(dataset) if is_bank else (("embedded:clip",), ("embedded:vicreg",))
-    clip = clips[0] if clip == "auto" else clip
-    aux = auxes[0] if aux == "auto" else aux
+    clip, auxiliaries = encoders(dataset, clip, aux)
+    if aux == "auto":
+        auxiliaries = auxiliaries[:1]
     text = features.load_text(dataset, clip)
     clip_parts, aux_parts, prints = {}, {}, {"text": text.fingerprint}
     for part in ("train", "val", "test"):
-        clip_parts[part] = features.load(dataset, part, clip, **extraction)
-        prints[f"{part}/{clip}"] = clip_parts[part].fingerprint
-        found = [features.load(dataset, part, name, **extraction) for name in aux.split("+")]
-        prints |= {f"{part}/{name}": f.fingerprint for name, f in zip(aux.split("+"), found, strict=True)}
-        aux_parts[part] = torch.cat([F.normalize(f.x, dim=1) for f in found], dim=1)
-    index = features.bank_shot_index(dataset) if is_bank else None
-    return Bank(dataset, clip_parts, aux_parts, text, index, (clip, aux), prints)
+        first, *rest = features.load_many(dataset, part, [clip, *auxiliaries], **extraction)  # one decoding pass
+        clip_parts[part] = first
+        aux_parts[part] = torch.cat([F.normalize(f.x, dim=1) for f in rest], dim=1)
+        prints |= {f"{part}/{f.backbone}": f.fingerprint for f in (first, *rest)}
+    index = features.bank_shot_index(dataset) if dataset.startswith("features:") else None
+    return Bank(dataset, clip_parts, aux_parts, text, index, (clip, "+".join(auxiliaries)), prints)
 
 
 def sample(bank: Bank, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:

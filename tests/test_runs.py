@@ -15,7 +15,7 @@ def notebook(tmp_path, monkeypatch):
 
     def write(*cells, name="98_try", parameters="shots: int = 4  # images\nrate: float = 0.5  # 1\nname: str = 'a'"):
         book = nbformat.v4.new_notebook(
-            metadata={"kernelspec": {"name": "python3", "display_name": "", "language": ""}}
+            metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
         )
         book.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
         book.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
