@@ -102,11 +102,9 @@ def imagenet(name: str, root: Path) -> Listing:
         raise ValueError(f"{name}: folder {unknown[0]} ({len(unknown)} in all) has no class name in {made_by}")
 
     def listed(folder: Path, keep: slice = slice(None)) -> Items:
-        missing = [code for code in folders if not (folder / code).is_dir()]
-        if missing:
-            raise ValueError(
-                f"{name}: {folder} lacks {len(missing)} of {len(folders)} class folders, first {missing[0]}"
-            )
+        lost = [code for code in folders if not (folder / code).is_dir()]
+        if lost:
+            raise ValueError(f"{name}: {folder} lacks {len(lost)} of {len(folders)} class folders, first {lost[0]}")
         return [
             (str(path.relative_to(images)), label)
             for label, code in enumerate(folders)
@@ -162,22 +160,17 @@ def csv_file(path: Path) -> Listing:
         lacking = {"path", "label", "split"} - set(reader.fieldnames or ())
         if lacking:
             has = ", ".join(reader.fieldnames or ()) or "none"
-            raise ValueError(
-                f"{path} needs the columns path, label, split; it lacks {', '.join(sorted(lacking))}, has {has}"
-            )
-        rows = [(line, row["path"], row["label"], row["split"]) for line, row in enumerate(reader, start=2)]
+            raise ValueError(f"{path} has the columns {has}, but path, label, split are needed")
+        rows = [(reader.line_num, row["path"], row["label"], row["split"]) for row in reader]
     seen: dict[str, tuple[str, int]] = {}
     for line, image, label, split in rows:
         if not (image and label and split in SPLITS):
-            raise ValueError(
-                f"{path}, line {line}: path {image!r}, label {label!r}, split {split!r} (train, val or test)"
-            )
-        if image in seen and seen[image][1] != split:
-            raise ValueError(
-                f"{path}: {image} is in {seen[image][1]} (line {seen[image][0]}) and {split} (line {line})"
-            )
-        seen[image] = (line, split)
-    names = sorted({label for *_, label, _ in rows}, key=lambda label: (not label.isdigit(), label.zfill(9)))
+            what = f"path {image!r}, label {label!r}, split {split!r}"
+            raise ValueError(f"{path}, line {line}: {what}; a split is train, val or test, and nothing may be empty")
+        before, place = seen.setdefault(image, (split, line))
+        if before != split:
+            raise ValueError(f"{path}: {image} is in {before} (line {place}) and in {split} (line {line})")
+    names = sorted({row[2] for row in rows}, key=lambda name: (0, int(name), "") if name.isdigit() else (1, 0, name))
     items: dict[str, Items] = {}
     for _, image, label, split in rows:
         items.setdefault(split, []).append((image, names.index(label)))
