@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -40,7 +39,7 @@ class Cache(Predictor):
         self.features = features
         self.sharpness = sharpness
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> Cache:
         shown = torch.stack([view.features(self.features) for view in task.views or (task.support,)])
         self.keys_ = normalize(shown.mean(0), dim=1) if len(shown) > 1 else shown[0]
         self.labels_, self.num_classes_ = task.support.y, task.num_classes
@@ -93,7 +92,7 @@ class TrainedCache(Cache):
         self.init, self.init_beta, self.init_sharpness = init, init_beta, init_sharpness
         self.lr, self.epochs, self.batch_size = lr, epochs, batch_size
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> TrainedCache:
         super().fit(task)
         if self.init not in ("features", "random"):
             raise ValueError(f"init of a cache is features or random, not {self.init!r}")
@@ -131,7 +130,7 @@ class SimilarCaches(Predictor):
     def __init__(self, features: str = "clip+aux", sharpness: float = 1.0, norm: str = "mean") -> None:
         self.features, self.sharpness, self.norm = features, sharpness, norm
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> SimilarCaches:
         self.caches_ = [Cache(part, self.sharpness).fit(task) for part in self.features.split("+")]
         return self
 
@@ -182,7 +181,7 @@ class APE(Predictor):
         self.features, self.sharpness, self.gamma = features, sharpness, gamma
         self.channels, self.intra, self.inter = channels, intra, inter
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> APE:
         self._refuse_other_features()
         x, y, text, classes = task.support.clip, task.support.y, task.text, task.num_classes
         keep = max(1, math.floor(self.channels * text.shape[1] + 0.5))
@@ -241,11 +240,11 @@ class ProKeR(Predictor):
     def __init__(self, features: str = "clip", sharpness: float = 1.0, penalty: float = 0.1) -> None:
         self.features, self.sharpness, self.penalty = features, sharpness, penalty
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> ProKeR:
         return self._fit_kernel(task, [self])[0]
 
     @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
         """Fit every setting; those with the same kernel share its matrix."""
         fitted = [cls(**setting) for setting in settings]
         for kernel in {(p.features, p.sharpness) for p in fitted}:

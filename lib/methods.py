@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from typing import Self
 
 from jaxtyping import Float
 from torch import Tensor
@@ -97,7 +96,7 @@ METHODS: dict[str, Entry] = {
         fusion.fixed,
         "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet.yaml",
         defaults={"beta": 1.17},
-        grid={"sharpness": steps(0.1, 7, 200, 1.0), "beta": steps(0.1, 3, 20, 1.17)},
+        grid={"sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 3.0, 20, 1.17)},
     ),
     "tip_adapter_f": Entry(
         "Tip-Adapter-F",
@@ -105,7 +104,7 @@ METHODS: dict[str, Entry] = {
         fusion.fixed,
         "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet.yaml",
         defaults={"beta": 1.17},
-        grid={"sharpness": steps(0.1, 7, 200, 1.0), "beta": steps(0.1, 3, 20, 1.17)},
+        grid={"sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 3.0, 20, 1.17)},
     ),
     "cafo": Entry(
         "CaFo",
@@ -113,7 +112,7 @@ METHODS: dict[str, Entry] = {
         fusion.fixed,
         "arXiv 2303.02151; repository OpenGVLab/CaFo, caltech101/16shot.yaml",
         defaults={"beta": 1.3},
-        grid={"sharpness": steps(0.1, 12, 200, 1.0), "beta": steps(0.1, 5, 20, 1.3)},
+        grid={"sharpness": steps(0.1, 12.0, 200, 1.0), "beta": steps(0.1, 5.0, 20, 1.3)},
     ),
     "taskres": Entry("TaskRes", peers.TaskRes, fusion.replace, "arXiv 2211.10277; repository geekyutao/TaskRes"),
     "text_probe": Entry("Text-initialised probe", peers.TextProbe, fusion.replace, "arXiv 2312.12730, its ZS-LP"),
@@ -137,9 +136,9 @@ METHODS: dict[str, Entry] = {
         fusion.fixed,
         "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
         grid={
-            "sharpness": steps(0.1, 7, 200, 1.0),
-            "gamma": steps(0.0, 1, 5, 0.1),
-            "beta": steps(0.1, 7, 20, 1.0),
+            "sharpness": steps(0.1, 7.0, 200, 1.0),
+            "gamma": steps(0.0, 1.0, 5, 0.1),
+            "beta": steps(0.1, 7.0, 20, 1.0),
         },
     ),
     "lp_plus_plus": Entry(
@@ -171,7 +170,7 @@ METHODS: dict[str, Entry] = {
             "sharpness": (5.5, 1.0, 3.0, 8.0),
             "gamma": (0.5, 0.0, 0.25, 1.0),
             "delta": (0.3, 0.0, 0.6),
-            "beta": steps(0.1, 5, 20, 1.0),
+            "beta": steps(0.1, 5.0, 20, 1.0),
         },
     ),
     "transclip": Entry(
@@ -244,7 +243,7 @@ class Method:
         given = ", ".join(f"{key}={value!r}" for key, value in self.overrides.items())
         return f"{self.entry.title} [{self.protocol}]({given})"
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> Method:
         """Learn from the support and choose hyper-parameters as the protocol says; test labels are out of reach."""
         tuning = task.for_tuning(self.protocol)
         fixed = self.entry.arguments() | self.overrides

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -74,7 +73,7 @@ class CLIPAdapter(TextTuned):
         self.features, self.ratio = features, ratio
         self.lr, self.weight_decay, self.epochs, self.batch_size = lr, weight_decay, epochs, batch_size
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> CLIPAdapter:
         self._refuse_other_features()
         self.text_ = task.text
         weights = [weight.clone().requires_grad_() for weight in self._initial(task)]
@@ -116,7 +115,7 @@ class TaskRes(TextTuned):
     ) -> None:
         self.features, self.scale, self.lr, self.epochs, self.batch_size = features, scale, lr, epochs, batch_size
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> TaskRes:
         self._refuse_other_features()
         residual = torch.zeros_like(task.text, requires_grad=True)
         optimiser = torch.optim.Adam([residual], lr=self.lr, weight_decay=5e-4)
@@ -162,7 +161,7 @@ class TextProbe(TextTuned):
         self.features, self.constraint, self.text_norm = features, constraint, text_norm
         self.lr, self.epochs, self.batch_size = lr, epochs, batch_size
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> TextProbe:
         self._refuse_other_features()
         self.multipliers_ = self._multipliers(task)
         start = self._start(task)
@@ -230,7 +229,7 @@ class CrossModal(Predictor):
     ) -> None:
         vars(self).update({name: value for name, value in locals().items() if name not in ("self", "__class__")})
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> CrossModal:
         self._refuse_other_features()
         x = torch.cat([task.support.clip, task.text])
         y = torch.cat([task.support.y, torch.arange(task.num_classes)])
@@ -314,7 +313,7 @@ class LPPlusPlus(Predictor):
     def __init__(self, features: str = "clip", iterations: int = 300) -> None:
         self.features, self.iterations = features, iterations
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> LPPlusPlus:
         support, n = task.support, len(task.support)
         x, cosine = support.features(self.features), support.zero_shot / LOGIT_SCALE
         hot = torch.nn.functional.one_hot(support.y, task.num_classes).float()

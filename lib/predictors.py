@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -28,7 +27,7 @@ class Predictor:
 
     features: str
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> Predictor:
         """Learn from the support; forget whatever was learned before."""
         raise NotImplementedError
 
@@ -48,7 +47,7 @@ class Predictor:
             )
 
     @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
         """Fit one predictor for each set of hyper-parameters."""
         return [cls(**setting).fit(task) for setting in settings]
 
@@ -57,8 +56,9 @@ class Predictor:
         kept = dict(vars(self))
         for setting in settings:
             vars(self).update(setting)
-            yield self.logits(split)
-        vars(self).update(kept)
+            logits = self.logits(split)
+            vars(self).update(kept)
+            yield logits
 
 
 class NoPredictor(Predictor):
@@ -67,7 +67,7 @@ class NoPredictor(Predictor):
     def __init__(self, features: str = "clip") -> None:
         self.features = features
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> NoPredictor:
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
@@ -88,7 +88,7 @@ class LinearProbe(Predictor):
         self.features = features
         self.inverse_penalty = inverse_penalty
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> LinearProbe:
         model = LogisticRegression(C=self.inverse_penalty, max_iter=1000)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # one shot per class
@@ -144,16 +144,16 @@ class MultiBranchHead(Predictor):
     ) -> None:
         vars(self).update({name: value for name, value in locals().items() if name not in ("self", "__class__")})
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> MultiBranchHead:
         self._fit_together(task, [self])
         return self
 
     @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
         """Fit all heads in one loop; they must share what shapes the loop (features, epochs, batch size, z-score)."""
         heads = [cls(**setting) for setting in settings]
         shared = ("features", "epochs", "batch_size", "standardised")
-        groups: dict[tuple, list[Self]] = {}
+        groups: dict[tuple, list[Predictor]] = {}
         for head in heads:
             groups.setdefault(tuple(getattr(head, name) for name in shared), []).append(head)
         for group in groups.values():
@@ -243,7 +243,7 @@ class MLP(Predictor):
         self.features, self.hidden, self.lam, self.beta = features, hidden, lam, beta
         self.lr, self.weight_decay, self.epochs, self.batch_size = lr, weight_decay, epochs, batch_size
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> MLP:
         x, zero_shot, y = task.support.features(self.features), task.support.zero_shot, task.support.y
         width = max(1, round(self.hidden * x.shape[1]))
         shapes = ((width, x.shape[1]), (1, width), (task.num_classes, width), (1, task.num_classes))
@@ -293,7 +293,7 @@ class GDA(Predictor):
     def __init__(self, features: str = "clip") -> None:
         self.features = features
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> GDA:
         views = task.views or (task.support,)
         x = torch.cat([view.features(self.features) for view in views]).double()
         y = torch.cat([view.y for view in views])

@@ -7,7 +7,6 @@ classified? Their figures are marked for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int64
@@ -53,7 +52,7 @@ class MAdapter(Predictor):
         self.features, self.sharpness, self.gamma = features, sharpness, gamma
         self.delta, self.temperature = delta, temperature
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> MAdapter:
         by_class = torch.argsort(task.support.y, stable=True)
         self.keys_ = task.support.features(self.features)[by_class]
         self.captions_ = self._captions(task)[by_class]
@@ -124,7 +123,7 @@ class TransCLIP(Predictor):
         self.features, self.gamma, self.lam = features, gamma, lam
         self.neighbours, self.use_support = neighbours, use_support
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> TransCLIP:
         keep = slice(None) if self.use_support else slice(0)
         self.support_ = task.support.features(self.features)[keep]
         self.hot_ = one_hot(task.support.y, task.num_classes).float()[keep]
