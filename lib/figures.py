@@ -31,7 +31,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "tip_adapter_f": ("#00634a", "^"),
     "cafo": ("#56b4e9", "p"),
     "clip_adapter": ("#b58900", "<"),
-    "task_res": ("#e69f00", ">"),
+    "taskres": ("#e69f00", ">"),
     "text_probe": ("#8c6d1f", "1"),
     "cross_modal": ("#d9b44a", "2"),
     "gda": ("#7b3294", "P"),
@@ -40,7 +40,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "clap": ("#cc79a7", "h"),
     "proker": ("#a6bddb", "d"),
     "m_adapter": ("#1b9e77", "3"),
-    "trans_clip": ("#9e5ea8", "4"),
+    "transclip": ("#9e5ea8", "4"),
 }
 
 RC = {
