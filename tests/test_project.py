@@ -12,8 +12,8 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ORDER = ["drawing", "world", "datasets", "backbones", "pretraining", "features", "tasks", "fusion", "training"]
-ORDER += ["predictors", "peers", "methods", "scores", "metrics", "figures", "runs", "__main__"]
+ORDER = """drawing world images sources datasets recipes backbones objectives pretraining banks extraction imports features
+tasks fusion training predictors caches peers transductive methods scores metrics figures runs __main__""".split()
 
 
 def tracked() -> list[str]:
