@@ -46,6 +46,7 @@ EMBEDDED = (
 )
 VAL_SHOTS = 4  # CoOp tunes on min(shots, 4) validation images of each class
 GRAMMAR = "folder:PATH, csv:PATH, features:PATH, or NAME@SHOTS/SEED for the field's own few-shot draw"
+DRAW = re.compile(r"@([1-9]\d*)/(\d+)$")
 Prompts = Sequence[str] | Mapping[str, Sequence[str]]
 
 
@@ -72,7 +73,7 @@ class Dataset:
     @property
     def base(self) -> str:
         """The name without a few-shot draw."""
-        return self.name.partition("@")[0]
+        return DRAW.sub("", self.name)
 
     def images(self, split: str) -> ImageSplit:
         """Return one split.
@@ -111,15 +112,15 @@ def load(name: str, root: Path | None = None) -> Dataset:
     Raises:
         ValueError: an unknown name, a bank of features, or files that are missing.
     """
+    drawn = DRAW.search(name)
+    if drawn:
+        return _drawn(load(DRAW.sub("", name), root), name, shots=int(drawn[1]), seed=int(drawn[2]))
     prefix, _, path = name.partition(":")
     if prefix in ("folder", "csv") and path:
         found = sources.folder(find_path(path)) if prefix == "folder" else sources.csv_file(find_path(path))
         return _from_listing(name, found, ("a photo of a {}.",), "templates: CLIP's default")
     if prefix == "features":
         raise ValueError(f"{name} is a bank of features and holds no images; features.load reads it")
-    drawn = re.fullmatch(r"(.+)@([1-9]\d*)/(\d+)", name)
-    if drawn:
-        return _drawn(load(drawn[1], root), name, shots=int(drawn[2]), seed=int(drawn[3]))
     if name in EMBEDDED:
         return _embedded(name)
     card = sources.cards().get(name)

@@ -82,6 +82,7 @@ def extract(
         batch_sampler=[batch for shard in todo for batch in _batches(shard, len(images), per_batch)],
         num_workers=num_workers,
         collate_fn=list,
+        generator=torch.Generator(),  # or it would draw from the caller's
     )
     decoded, total = iter(loader), len(images)
     names = ", ".join(job.encoder for job in jobs)

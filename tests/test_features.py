@@ -1,0 +1,541 @@
+"""Features: the same bytes at every call, a cache that is never mistaken, banks, and other people's caches."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import REAL
+from safetensors.torch import load_file, save_file
+from small_models import write_embedded, write_folder
+from torch.nn.functional import normalize
+
+from lib import backbones, banks, datasets, extraction, features, images, recipes
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    return write_embedded(tmp_path_factory.mktemp("embedded"))
+
+
+@pytest.fixture(autouse=True)
+def small(embedded, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", embedded)
+    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(extraction, "SHARD", 5)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Three classes of four images in each split."""
+    return f"folder:{write_folder(tmp_path / 'own')}"
+
+
+def files(folder) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+# ---- extraction and cache ---------------------------------------------------------------------------------------
+
+
+def test_features_are_what_the_encoder_gives_image_by_image(own):
+    found = features.load(own, "test", "embedded:vit", device="cpu")
+    data, encoder = datasets.load(own), backbones.load("embedded:vit", device="cpu")
+    split = data.images("test")
+    expected = torch.cat([encoder.encode_images(encoder.transform(image)[None]) for image in split])
+    torch.testing.assert_close(found.x, expected)
+    assert torch.equal(found.y, split.labels) and found.x.dtype == torch.float32
+    assert found.classnames == ("class 0", "class 1", "class 2") and found.backbone == "embedded:vit"
+    assert (found.dataset, found.split, found.quarantined) == (own, "test", ())
+    assert found.x.norm(dim=1).min() > 2, "nothing is normalised silently"
+
+
+def test_the_same_call_gives_the_same_bytes_and_encodes_once(own, tmp_path, monkeypatch):
+    first = features.load(own, "val", "embedded:clip", device="cpu")
+    kept = files(tmp_path / "cache")
+    monkeypatch.setattr(backbones, "load", lambda *_, **__: pytest.fail("the cache was not read"))
+    second = features.load(own, "val", "embedded:clip", device="cpu")
+    assert torch.equal(first.x, second.x) and first.fingerprint == second.fingerprint
+    assert kept == files(tmp_path / "cache")
+    assert not [name for name in kept if "shard" in name], "shards are gone once they are joined"
+
+
+def test_another_cache_ends_with_the_same_bytes(own, tmp_path):
+    for place in ("one", "two"):
+        features.load(own, "test", "embedded:conv", device="cpu", cache=tmp_path / place)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_the_fingerprint_tells_everything_apart(own, embedded, tmp_path, monkeypatch):
+    def prints(**options):
+        return features.load(own, "test", "embedded:vit", device="cpu", **options).fingerprint
+
+    seen = [prints(), prints(precision="bf16"), prints(views=2), prints(views=3)]
+    seen.append(features.load(own, "val", "embedded:vit", device="cpu").fingerprint)
+    seen.append(features.load(own, "test", "embedded:conv", device="cpu").fingerprint)
+    (tmp_path / "own/test/class_0/image_000.png").write_bytes(
+        (tmp_path / "own/train/class_0/image_000.png").read_bytes()
+    )
+    seen.append(prints())
+    copy = tmp_path / "copy"
+    shutil.copytree(embedded, copy)
+    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", copy)
+    index = json.loads((copy / "index.json").read_text())
+    index["vit"]["mean"] = [0.5, 0.5, 0.5]
+    (copy / "index.json").write_text(json.dumps(index))
+    seen.append(prints())
+    state = load_file(copy / "vit.safetensors")
+    state["cls_token"] = state["cls_token"] + 1
+    save_file(state, copy / "vit.safetensors")
+    index["vit"]["sha256"] = backbones.file_hash(copy / "vit.safetensors")
+    (copy / "index.json").write_text(json.dumps(index))
+    seen.append(prints())
+    monkeypatch.setattr(features, "VERSION", features.VERSION + 1)
+    seen.append(prints())
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "missing", "manifest"])
+def test_a_damaged_cache_is_named_and_made_again(own, tmp_path, damage):
+    first = features.load(own, "val", "embedded:vit", device="cpu")
+    before, expected = files(tmp_path / "cache"), first.x.clone()
+    path = next((tmp_path / "cache").rglob("features.safetensors"))
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[-7] ^= 4
+        path.write_bytes(data)
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "manifest":
+        (path.parent / "manifest.json").write_text("{")
+    else:
+        path.write_bytes(data[: 0 if damage == "empty" else len(data) // 2])
+    with pytest.warns(UserWarning, match=r"damaged cache .*features.safetensors .*extracting again"):
+        second = features.load(own, "val", "embedded:vit", device="cpu")
+    assert torch.equal(second.x, expected)
+    assert files(tmp_path / "cache") == before
+
+
+def test_several_encoders_decode_each_image_once(own, monkeypatch):
+    names = ["embedded:clip", "embedded:vit", "embedded:conv"]
+    alone = [features.load(own, "train", name, device="cpu").x.clone() for name in names]
+    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(features.cache_root()) + "-together")
+    read = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda path: read.append(path) or decode(path))
+    features.load(own, "train", "embedded:vit", device="cpu")
+    assert len(read) == 12
+    together = features.load_many(own, "train", names, device="cpu")
+    assert len(read) == 24, "one pass for the two that were missing"
+    assert all(torch.equal(one, other.x) for one, other in zip(alone, together, strict=True))
+    features.load_many(own, "train", names, device="cpu")
+    assert len(read) == 24
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_are_random_crops_that_every_encoder_shares(own, workers, tmp_path):
+    options = {"device": "cpu", "views": 3, "num_workers": workers, "cache": tmp_path / f"w{workers}"}
+    state = torch.get_rng_state()
+    vit, clip = features.load_many(own, "train", ["embedded:vit", "embedded:clip"], **options)
+    assert torch.equal(state, torch.get_rng_state())
+    assert vit.x.shape == (3, 12, 48) and clip.x.shape == (3, 12, 24) and len(vit.y) == 12
+    assert not torch.allclose(vit.x[0], vit.x[1])
+    encoder = backbones.load("embedded:vit", device="cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(extraction.AUGMENTATION_SEED + 7)
+        crops = torch.stack([encoder.augment(datasets.load(own).images("train")[7]) for _ in range(3)])
+    torch.testing.assert_close(vit.x[:, 7], encoder.encode_images(crops))
+    plain = features.load_many(own, "train", ["embedded:vit"], **options | {"batch_size": 4, "cache": tmp_path / "b"})
+    torch.testing.assert_close(plain[0].x, vit.x)
+
+
+def test_workers_change_no_byte(own, tmp_path):
+    for workers in (0, 2):
+        features.load(own, "test", "embedded:vit", device="cpu", num_workers=workers, cache=tmp_path / str(workers))
+    assert files(tmp_path / "0") == files(tmp_path / "2")
+
+
+def test_an_encoder_that_gives_nan_is_stopped_before_anything_is_kept(own, monkeypatch, tmp_path):
+    encode = backbones.Encoder.encode_images
+
+    def poisoned(self, batch):
+        x = encode(self, batch)
+        x[0, 3] = float("nan")
+        return x
+
+    monkeypatch.setattr(backbones.Encoder, "encode_images", poisoned)
+    with pytest.raises(
+        ValueError, match=r"embedded:vit gives NaN or infinite features for 1 images, first test/class_0"
+    ):
+        features.load(own, "test", "embedded:vit", device="cpu")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    monkeypatch.setattr(backbones.Encoder, "encode_images", encode)
+    assert torch.isfinite(features.load(own, "test", "embedded:vit", device="cpu").x).all()
+
+
+def test_wrong_arguments_are_refused_before_any_work(own, tmp_path):
+    with pytest.raises(ValueError, match="views and batch_size are 1 or more, not 0 and 64"):
+        features.load(own, "test", "embedded:vit", views=0)
+    with pytest.raises(ValueError, match="has no split 'tset'"):
+        features.load(own, "tset", "embedded:vit")
+    with pytest.raises(ValueError, match="unknown encoder 'vit'"):
+        features.load(own, "test", "vit")
+    with pytest.raises(ValueError, match="precision is fp32 or bf16"):
+        features.load(own, "test", "embedded:vit", precision="half")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_draw_shares_the_test_features_of_its_data_set(tmp_path):
+    root = write_folder(tmp_path / "own", images=9, splits=())
+    whole, drawn = f"folder:{root}", f"folder:{root}@2/1"
+    first = features.load(whole, "test", "embedded:vit", device="cpu")
+    assert features.load(drawn, "test", "embedded:vit", device="cpu").fingerprint == first.fingerprint
+    support = features.load(drawn, "train", "embedded:vit", device="cpu")
+    assert len(support.y) == 6
+    train = features.load(whole, "train", "embedded:vit", device="cpu")
+    assert all((row == train.x).all(dim=1).any() for row in support.x)
+
+
+def test_features_are_mapped_not_read(own):
+    found = features.load(own, "test", "embedded:vit", device="cpu")
+    again = features.load(own, "test", "embedded:vit", device="cpu")
+    found.x[0, 0] = 99.0  # nobody should; the file must not change
+    assert again.x[0, 0] != 99.0
+    assert features.load(own, "test", "embedded:vit", device="cpu").x[0, 0] != 99.0
+
+
+# ---- text -------------------------------------------------------------------------------------------------------
+
+
+def test_text_features_are_the_normalised_mean_of_normalised_prompts():
+    found = features.load_text("digits", "embedded:clip", device="cpu")
+    encoder, data = backbones.load("embedded:clip", device="cpu"), datasets.load("digits")
+    for row, name in zip(found.x, data.classnames, strict=True):
+        x = normalize(encoder.encode_text([template.format(name) for template in data.templates]), dim=1)
+        torch.testing.assert_close(row, normalize(x.mean(dim=0), dim=0))
+    assert found.templates == data.templates and found.classnames == data.classnames
+    assert found.logit_scale == encoder.logit_scale
+    again = features.load_text("digits", "embedded:clip", device="cpu")
+    assert torch.equal(again.x, found.x) and again.fingerprint == found.fingerprint
+
+
+def test_text_features_follow_the_prompts():
+    own = features.load_text("digits", "embedded:clip", device="cpu")
+    other = features.load_text("digits", "embedded:clip", ["a {}."], device="cpu")
+    seven = features.load_text("digits", "embedded:clip", "7", device="cpu")
+    names = datasets.load("digits").classnames
+    told = features.load_text("digits", "embedded:clip", {n: [f"a {n}."] for n in names}, device="cpu")
+    assert len({own.fingerprint, other.fingerprint, seven.fingerprint}) == 3
+    assert torch.equal(told.x, other.x) and told.templates == ("10 sentences about 10 classes",)
+    assert len(seven.templates) == 7
+
+
+def test_text_features_that_cannot_be_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="embedded:vit encodes images only"):
+        features.load_text("digits", "embedded:vit", device="cpu")
+    with pytest.raises(ValueError, match=r"a template has one \{\}"):
+        features.load_text("digits", "embedded:clip", ["a digit"], device="cpu")
+    monkeypatch.setattr(backbones.Encoder, "encode_text", lambda self, texts: torch.full((len(texts), 4), float("inf")))
+    with pytest.raises(ValueError, match="NaN or infinite features for one of"):
+        features.load_text("digits", "embedded:clip", ["the {}"], device="cpu")
+
+
+# ---- banks ------------------------------------------------------------------------------------------------------
+
+
+def small_bank(path, **changes):
+    rng = torch.Generator().manual_seed(0)
+    sizes = {"train": 6, "val": 3, "test": 9}
+    clip = {split: torch.randn(n, 8, generator=rng) for split, n in sizes.items()}
+    aux = {split: torch.randint(0, 256, (n, 5), generator=rng, dtype=torch.uint8) for split, n in sizes.items()}
+    labels = {split: torch.arange(n) % 3 for split, n in sizes.items()}
+    labels["train_shot_index"] = torch.tensor([0, 0, 0, 1, 1, 1])
+    parts = {"clip": {"clip_a": clip}, "aux": {"aux_b": aux}, "text": {"clip_a": torch.randn(3, 8, generator=rng)}}
+    parts |= {"labels": labels, "class_names": ["one", "two", "three"]} | changes
+    return banks.save_bank(path, **parts), parts
+
+
+def test_a_bank_written_is_a_bank_read(tmp_path):
+    path, parts = small_bank(tmp_path / "bank", source="a test")
+    name = f"features:{path}"
+    assert features.bank_encoders(name) == (("clip_a",), ("aux_b",))
+    assert torch.equal(features.bank_shot_index(name), parts["labels"]["train_shot_index"])
+    clip, aux = features.load(name, "test", "clip_a"), features.load(name, "test", "aux_b")
+    assert torch.equal(clip.x, parts["clip"]["clip_a"]["test"]) and torch.equal(clip.y, parts["labels"]["test"])
+    assert aux.x.dtype == torch.float32 and torch.equal(aux.x, parts["aux"]["aux_b"]["test"].float())
+    text = features.load_text(name, "clip_a")
+    torch.testing.assert_close(text.x, normalize(parts["text"]["clip_a"], dim=1))
+    assert text.logit_scale == 100.0 and text.classnames == ("one", "two", "three")
+    prints = {features.load(name, s, e).fingerprint for s in ("train", "val", "test") for e in ("clip_a", "aux_b")}
+    assert len(prints) == 6
+    assert json.loads((path / "meta.json").read_text())["source"] == "a test"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": ["one", "two"]}, "labels run from 0 to 2, there are 2 class names"),
+        ({"text": {"clip_a": torch.ones(4, 8)}}, "text features of clip_a have 4 rows, there are 3 class names"),
+        ({"text": {"clip_z": torch.ones(3, 8)}}, "text features for 'clip_z', CLIP features for clip_a"),
+        ({"aux": {"dino": {}}}, "aux features are named aux…, not 'dino'"),
+        ({"aux": {"aux_b": {"test": torch.ones(8, 5)}}}, "aux_b, test: 8 rows of features, 9 labels"),
+        ({"aux": {"aux_b": {"test": torch.full((9, 5), float("nan"))}}}, "9 of 9 rows hold NaN"),
+        ({"aux": {"aux_b": {"extra": torch.ones(9, 5)}}}, "aux_b has split 'extra', labels have train"),
+    ],
+)
+def test_a_bank_whose_parts_disagree_is_not_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_bank(tmp_path / "bank", **changes)
+    assert not (tmp_path / "bank").exists()
+
+
+def rewrite(path, stem, change):
+    """Change a file of a bank and its hash in meta.json, as if somebody had made the bank so."""
+    tensors = {key: value.clone() for key, value in load_file(path / f"{stem}.safetensors").items()}
+    change(tensors)
+    save_file(tensors, path / f"{stem}.safetensors")
+    meta = json.loads((path / "meta.json").read_text())
+    del meta["sha256"]
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+def put(key, value):
+    return lambda tensors: tensors.__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("stem", "change", "message"),
+    [
+        ("labels", put("test", torch.zeros(8, dtype=torch.int64)), "9 rows of features, 8 labels"),
+        ("labels", put("test", torch.full((9,), 3)), "labels run from 3 to 3, there are 3 class names"),
+        ("labels", put("test", torch.full((9,), -1)), "labels run from -1 to -1"),
+        ("clip_a", put("test", torch.ones(9, 7)), "dimensions differ between splits"),
+        ("clip_a", put("test", torch.full((9, 8), float("inf"))), "9 of 9 rows hold NaN or infinite"),
+        ("clip_a", lambda tensors: tensors.pop("test"), "has no split 'test'; it has train, val"),
+        ("labels", lambda tensors: tensors.pop("test"), "has no split 'test'; it has train, val"),
+    ],
+)
+def test_a_bank_whose_parts_disagree_is_refused(tmp_path, stem, change, message):
+    path, _ = small_bank(tmp_path / "bank")
+    rewrite(path, stem, change)
+    with pytest.raises(ValueError, match=message):
+        features.load(f"features:{path}", "test", "clip_a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("clip_a", torch.ones(2, 8)), r"text features are \(2, 8\), meta.json names 3 classes"),
+        (put("clip_a", torch.ones(3, 9)), "text features have 9 dimensions, clip_a has 8"),
+        (put("clip_a", torch.full((3, 8), float("nan"))), "text features hold NaN"),
+    ],
+)
+def test_text_features_of_a_bank_must_fit_it(tmp_path, change, message):
+    path, _ = small_bank(tmp_path / "bank")
+    rewrite(path, "text", change)
+    with pytest.raises(ValueError, match=message):
+        features.load_text(f"features:{path}", "clip_a")
+
+
+def test_a_bank_that_lacks_something_says_what(tmp_path):
+    path, _ = small_bank(tmp_path / "bank")
+    name = f"features:{path}"
+    with pytest.raises(ValueError, match=r"has no encoder 'clip_c'; it has clip_a, aux_b"):
+        features.load(name, "test", "clip_c")
+    with pytest.raises(ValueError, match="holds one row per image, not 4 views"):
+        features.load(name, "test", "clip_a", views=4)
+    with pytest.raises(ValueError, match="templates cannot be chosen"):
+        features.load_text(name, "clip_a", ["a {}"])
+    with pytest.raises(ValueError, match="'aux_b' has no text features; CLIP files are clip_a"):
+        features.load_text(name, "aux_b")
+    with pytest.raises(ValueError, match=r"no meta.json in .*, so it is not a bank"):
+        features.load(f"features:{tmp_path}", "test", "clip_a")
+    (path / "text.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no file text.safetensors"):
+        features.load_text(name, "clip_a")
+    (path / "meta.json").write_text('{"name": "x"}')
+    with pytest.raises(ValueError, match=r"meta.json lacks class_names"):
+        features.load(name, "test", "clip_a")
+    (path / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match=r"meta.json cannot be read"):
+        features.load(name, "test", "clip_a")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_bank_is_refused_and_left_alone(tmp_path, damage):
+    path, _ = small_bank(tmp_path / "bank")
+    data = bytearray((path / "clip_a.safetensors").read_bytes())
+    data[-3] ^= 1
+    damaged = bytes(data) if damage == "flip" else bytes(data[:-40])
+    (path / "clip_a.safetensors").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"clip_a.safetensors has sha256 .*meta.json says .*restore it"):
+        features.load(f"features:{path}", "test", "clip_a")
+    assert (path / "clip_a.safetensors").read_bytes() == damaged
+    rewritten = json.loads((path / "meta.json").read_text())
+    del rewritten["sha256"]
+    (path / "meta.json").write_text(json.dumps(rewritten))
+    if damage == "truncate":
+        with pytest.raises(ValueError, match=r"clip_a.safetensors cannot be read"):
+            features.load(f"features:{path}", "test", "clip_a")
+
+
+def test_a_bank_is_never_written_over(tmp_path):
+    path, _ = small_bank(tmp_path / "bank")
+    with pytest.raises(ValueError, match="is not empty"):
+        small_bank(path)
+
+
+def test_the_real_bank_gives_the_zero_shot_accuracies_it_promises(caltech70):
+    name = f"features:{caltech70}"
+    text = features.load_text(name, "clip_vit_b32")
+    promised = json.loads((caltech70 / "meta.json").read_text())["expected"]["zero_shot"]
+    for split in ("test", "val", "train"):
+        found = features.load(name, split, "clip_vit_b32")
+        right = (normalize(found.x, dim=1) @ text.x.T).argmax(dim=1) == found.y
+        assert 100 * right.double().mean().item() == pytest.approx(promised[split], abs=0.005)
+    assert features.bank_encoders(name)[1] == ("aux_inat_bird", "aux_mobilenet_v1", "aux_mobilenet_v2")
+    assert features.load(name, "test", "aux_inat_bird").x.max() > 2, "raw activations stay as they are"
+    assert features.bank_shot_index(name).bincount().tolist() == [70] * 16
+
+
+# ---- other people's caches ----------------------------------------------------------------------------------------
+
+
+def write_tip_adapter(folder, shots=2, classes=4, dim=6, extra=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = torch.arange(classes).repeat_interleave(shots)
+    keys = normalize(torch.randn(len(labels), dim), dim=1).T.half()
+    torch.save(keys, folder / f"keys_{shots}shots.pt")
+    torch.save(torch.nn.functional.one_hot(labels, classes).half(), folder / f"values_{shots}shots.pt")
+    for split in ("val", "test"):
+        torch.save(torch.randn(9, dim).half(), folder / f"{split}_f.pt")
+        torch.save(torch.arange(9) % classes, folder / f"{split}_l.pt")
+    return keys
+
+
+def test_a_tip_adapter_folder_becomes_a_bank(tmp_path):
+    keys = write_tip_adapter(tmp_path / "cache-folder")
+    names = ["a", "b", "c", "d"]
+    made = features.import_tip_adapter(
+        tmp_path / "cache-folder", tmp_path / "bank", shots=2, class_names=names, text=torch.randn(4, 6)
+    )
+    found = features.load(f"features:{made}", "train", "clip")
+    assert torch.equal(found.x, keys.T.float()) and found.y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert features.bank_shot_index(f"features:{made}").tolist() == [0, 1] * 4
+    assert features.load_text(f"features:{made}", "clip").x.shape == (4, 6)
+
+
+def test_a_tip_adapter_folder_is_not_believed(tmp_path):
+    source, names = tmp_path / "source", ["a", "b", "c", "d"]
+
+    def importing(message):
+        with pytest.raises(ValueError, match=message):
+            features.import_tip_adapter(source, tmp_path / "bank", shots=2, class_names=names)
+
+    write_tip_adapter(source)
+    importing_of = source / "keys_2shots.pt"
+    torch.save(torch.randn(9, 8), importing_of)
+    importing(r"keys_2shots.pt has 9 dimensions, test_f.pt has 6")
+    torch.save(torch.randn(6, 7), importing_of)
+    importing(r"keys are \(6, 7\), values \(8, 4\)")
+    write_tip_adapter(source)
+    torch.save(torch.full((8, 4), 0.25), source / "values_2shots.pt")
+    importing("is not one-hot")
+    values = torch.eye(4)[[0, 0, 0, 1, 2, 2, 3, 3]]
+    torch.save(values, source / "values_2shots.pt")
+    importing("2 shots by name, but class 0 has 3 rows")
+    torch.save({"keys": values}, source / "values_2shots.pt")
+    importing("holds a dict, expected one tensor")
+    (source / "values_2shots.pt").write_bytes(b"cos\nsystem\n(S'touch run_by_the_pickle'\ntR.")
+    importing(r"values_2shots.pt is no plain tensor file and was not run")
+    (source / "values_2shots.pt").unlink()
+    importing(r"no file .*values_2shots.pt")
+    assert not (tmp_path / "bank").exists()
+
+
+def test_amu_tunings_folder_becomes_a_bank(tmp_path):
+    source = tmp_path / "amu"
+    source.mkdir()
+    y, test = torch.arange(3).repeat_interleave(2), torch.arange(5) % 3
+    for name, dim in (("clip", 6), ("aux", 11)):
+        torch.save(torch.randn(5, dim), source / f"{name}_test_f.pt")
+        torch.save(test, source / f"{name}_test_l.pt")
+    torch.save(torch.randn(6, 11), source / "aux_feature_2shots.pt")
+    torch.save(y, source / "aux_labels_2shots.pt")
+    names = ["a", "b", "c"]
+    made = features.import_amu(source, tmp_path / "bank", shots=2, class_names=names)
+    assert features.load(f"features:{made}", "train", "aux").x.shape == (6, 11)
+    with pytest.raises(ValueError, match="has no split 'train'; it has test"):
+        features.load(f"features:{made}", "train", "clip")
+    keys = write_tip_adapter(tmp_path / "tip", classes=3)
+    made = features.import_amu(
+        source, tmp_path / "whole", shots=2, class_names=names, clip_keys=tmp_path / "tip" / "keys_2shots.pt"
+    )
+    assert torch.equal(features.load(f"features:{made}", "train", "clip").x, keys.T.float())
+    torch.save(test.flip(0), source / "aux_test_l.pt")
+    with pytest.raises(ValueError, match=r"clip_test_l.pt and aux_test_l.pt hold different labels"):
+        features.import_amu(source, tmp_path / "third", shots=2, class_names=names)
+
+
+def test_npz_files_become_a_bank(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 6), ("val", 3), ("test", 9)):
+        arrays[f"{split}_features"] = rng.normal(size=(n, 4)).astype(np.float32)
+        arrays[f"{split}_labels"] = np.arange(n) % 3
+    np.savez(tmp_path / "clip.npz", **arrays, text=rng.normal(size=(3, 4)), class_names=np.array(["x", "y", "z"]))
+    np.savez(
+        tmp_path / "aux.npz", X_train=rng.normal(size=(6, 7)), X_test=rng.normal(size=(9, 7)), y_test=np.arange(9) % 3
+    )
+    made = features.import_npz(tmp_path / "clip.npz", tmp_path / "bank", aux=tmp_path / "aux.npz")
+    found = features.load(f"features:{made}", "test", "clip")
+    assert torch.equal(found.x, torch.from_numpy(arrays["test_features"])) and found.classnames == ("x", "y", "z")
+    assert features.load(f"features:{made}", "test", "aux").x.shape == (9, 7)
+    assert features.load_text(f"features:{made}", "clip").x.dtype == torch.float32
+    np.savez(tmp_path / "aux.npz", X_test=rng.normal(size=(9, 7)), y_test=np.zeros(9))
+    with pytest.raises(ValueError, match=r"labels of test differ between clip.npz and aux.npz"):
+        features.import_npz(tmp_path / "clip.npz", tmp_path / "other", aux=tmp_path / "aux.npz")
+    np.savez(tmp_path / "odd.npz", pixels=np.zeros(3))
+    with pytest.raises(ValueError, match="no arrays such as train_features; it has pixels"):
+        features.import_npz(tmp_path / "odd.npz", tmp_path / "other")
+    np.savez(tmp_path / "pickled.npz", train_features=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="cannot be read as npz"):
+        features.import_npz(tmp_path / "pickled.npz", tmp_path / "other")
+
+
+def test_the_real_tip_adapter_folder_becomes_a_bank(tmp_path):
+    source = REAL / "tip_adapter_cache"
+    if not source.exists():
+        pytest.skip("the real cache folder is not on this machine")
+    names = [f"texture {i}" for i in range(47)]
+    made = f"features:{features.import_tip_adapter(source, tmp_path / 'bank', shots=1, class_names=names)}"
+    support = features.load(made, "train", "clip")
+    promised = json.loads((source / "meta.json").read_text())["expected"]["K1"]["nearest_key"]
+    for split in ("test", "val"):
+        found = features.load(made, split, "clip")
+        nearest = support.y[(normalize(found.x, dim=1) @ normalize(support.x, dim=1).T).argmax(dim=1)]
+        assert 100 * (nearest == found.y).double().mean().item() == pytest.approx(promised[split], abs=0.005)
+    with pytest.raises(ValueError, match=r"no file text.safetensors"):
+        features.load_text(made, "clip")
+
+
+def test_real_photos_under_real_architectures(tmp_path):
+    """Random weights, but the real preprocessing, file layout and tensor sizes."""
+    real = REAL / "caltech101_mini"
+    if not real.exists():
+        pytest.skip("the real photos are not on this machine")
+    data_root = tmp_path / "data"
+    data_root.mkdir()
+    (data_root / "caltech-101").symlink_to(real)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGIT_BIAS_DATA", str(data_root))
+        names = ["open_clip:RN50-quickgelu/random", "timm:vit_tiny_patch16_224/random", "embedded:clip"]
+        found = features.load_many("caltech101@1/1", "val", names, device="cpu", batch_size=12)
+    assert [f.x.shape for f in found] == [(12, 1024), (12, 192), (12, 24)]
+    assert found[0].y.tolist() == list(range(12)) and found[0].classnames[3] == "car side"
+    assert all(torch.equal(f.y, found[0].y) for f in found)
