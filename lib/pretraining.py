@@ -1,4 +1,4 @@
-"""Train the embedded encoders: objectives, augmentations, and one short loop; notebook 90 calls these.
+"""Make the embedded encoders: recipes, training, and weights on disk; notebook 90 calls these.
 
 Every encoder is trained on the pretraining streams of `world` alone and sees no evaluation image. The
 architectures are open_clip's and timm's own, so that the weights load through those libraries.
@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,25 +17,30 @@ import open_clip
 import timm
 import torch
 from jaxtyping import Float, Int64, UInt8
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import world
+from lib.objectives import (
+    LIGHT,
+    MEAN,
+    STD,
+    STRONG,
+    Augmentation,
+    MaskedAutoencoder,
+    Schedule,
+    augment,
+    batches,
+    normalise,
+    optimise,
+    seeded,
+    vicreg_loss,
+)
 
-CLIP_NAME = "embedded-clip"  # the name of the open_clip configuration, and of its file
-MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # open_clip's defaults, used for every encoder here
+CLIP_NAME = "embedded-clip"  # the name of the open_clip configuration
+CLIP_CONFIG = Path(__file__).resolve().parents[1] / "data" / "embedded" / f"{CLIP_NAME}.json"
 VIT = {"img_size": 48, "patch_size": 6, "embed_dim": 128, "depth": 4, "num_heads": 4}
-
-
-class Schedule(NamedTuple):
-    """Steps of `batch` images; AdamW with a linear warm-up over a tenth of the steps, then a cosine to zero."""
-
-    steps: int
-    batch: int = 256
-    rate: float = 2e-3
-    decay: float = 0.05
 
 
 class Recipe(NamedTuple):
@@ -66,180 +71,13 @@ RECIPES = {
 }
 
 
-# ---- images ------------------------------------------------------------------------------------------------
-
-
-class Augmentation(NamedTuple):
-    """How far an image is changed: `crop` is the smallest share of the side that stays, the rest are strengths."""
-
-    crop: float = 0.85
-    flip: bool = False
-    colour: float = 0.0
-    noise: float = 0.0
-
-
-LIGHT = Augmentation()
-STRONG = Augmentation(crop=0.8, flip=True, colour=0.3, noise=0.02)
-
-
-def normalise(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-    """Bytes to standardised colours, with MEAN and STD."""
-    return _standardised(images.float() / 255)
-
-
-def _standardised(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
-
-
-def augment(
-    images: UInt8[Tensor, "n 3 h w"], how: Augmentation, generator: torch.Generator
-) -> Float[Tensor, "n 3 h w"]:
-    """A random view of every image, standardised: crop, flip, channel mixing with brightness and contrast, noise."""
-    n, x = len(images), images.float() / 255
-    scale = 1 - (1 - how.crop) * torch.rand(n, 2, generator=generator)
-    shift = (1 - scale) * (2 * torch.rand(n, 2, generator=generator) - 1)
-    if how.flip:
-        scale[:, 0] *= torch.randint(0, 2, (n,), generator=generator) * 2 - 1
-    affine = torch.zeros(n, 2, 3)
-    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = scale[:, 0], scale[:, 1], shift
-    x = F.grid_sample(x, F.affine_grid(affine, list(x.shape), align_corners=False), align_corners=False)
-    if how.colour:
-        mixing = torch.eye(3) + how.colour * torch.randn(n, 3, 3, generator=generator)
-        x = torch.einsum("nij,njhw->nihw", mixing, x - 0.5)
-        x = x + 0.5 + how.colour / 2 * torch.randn(n, 3, 1, 1, generator=generator)
-        x = x.clamp(0, 1)
-    if how.noise:
-        x = x + how.noise * torch.randn(x.shape, generator=generator)
-    return _standardised(x)
-
-
-# ---- objectives --------------------------------------------------------------------------------------------
-
-
-def vicreg_loss(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m e"], weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
-) -> Float[Tensor, ""]:
-    """Variance-invariance-covariance regularisation (Bardes et al. 2022, eq. 1 to 6).
-
-        l m(a, b)^2 + u (v(a) + v(b)) + n (c(a) + c(b)),
-
-    with the mean squared distance, the hinge 1 - sd of every dimension, and the squared off-diagonal covariances.
-
-    Raises:
-        ValueError: `a` and `b` differ in shape.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"the views differ: {tuple(a.shape)} and {tuple(b.shape)}")
-    n, d = a.shape
-    total = weights[0] * F.mse_loss(a, b)
-    for x in (a - a.mean(0), b - b.mean(0)):
-        total = total + weights[1] * F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean() / 2
-        covariance = x.T @ x / (n - 1)
-        total = total + weights[2] * (covariance - torch.diag(covariance.diagonal())).square().sum() / d
-    return total
-
-
-def patches(images: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n tokens pixels"]:
-    """Cut images into squares of `size` pixels, each standardised by its own mean and deviation.
-
-    Raises:
-        ValueError: `size` does not divide the sides of the images.
-    """
-    height, width = images.shape[2:]
-    if height % size or width % size:
-        raise ValueError(f"patches of {size} pixels do not tile images of {height} x {width}")
-    cut = F.unfold(images, size, stride=size).transpose(1, 2)
-    return (cut - cut.mean(-1, keepdim=True)) / (cut.var(-1, keepdim=True) + 1e-4).sqrt()
-
-
-class MaskedAutoencoder(nn.Module):
-    """A light decoder on timm's vision transformer (He et al. 2022): hide patches, predict their pixels."""
-
-    def __init__(self, encoder: nn.Module, width: int = 64, hidden: float = 0.7):
-        super().__init__()
-        self.encoder, self.hidden = encoder, hidden
-        tokens, patch = encoder.patch_embed.num_patches, encoder.patch_embed.patch_size[0]
-        self.enter = nn.Linear(encoder.embed_dim, width)
-        self.missing = nn.Parameter(torch.zeros(width))
-        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
-        self.decoder = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch**2))
-
-    def loss(self, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Float[Tensor, ""]:
-        """Mean squared error over the hidden patches."""
-        encoder, n = self.encoder, len(images)
-        tokens = encoder.patch_embed(images) + encoder.pos_embed[:, encoder.num_prefix_tokens :]
-        count = tokens.shape[1]
-        kept = count - round(self.hidden * count)
-        order = torch.rand(n, count, generator=generator).argsort(1)
-        rows = torch.arange(n)[:, None]
-        prefix = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(n, -1, -1)
-        seen = encoder.norm(encoder.blocks(torch.cat([prefix, tokens[rows, order[:, :kept]]], 1)))[:, 1:]
-        full = self.missing.expand(n, count, -1).clone()
-        full[rows, order[:, :kept]] = self.enter(seen)
-        guess = self.leave(self.decoder(full + self.places))
-        target = patches(images, encoder.patch_embed.patch_size[0])
-        away = order[:, kept:]
-        return F.mse_loss(guess[rows, away], target[rows, away])
-
-
-# ---- the loop ----------------------------------------------------------------------------------------------
-
-
-def optimise(
-    modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, show: bool = False
-) -> list[float]:
-    """Minimise `loss(step)` over the parameters of `modules`; the curve of its values comes back.
-
-    Raises:
-        ValueError: a loss that is not finite, naming the step.
-    """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
-    warm, curve = max(1, schedule.steps // 10), []
-    for step in range(schedule.steps):
-        progress = max(0.0, (step - warm) / max(1, schedule.steps - warm))
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.rate * min((step + 1) / warm, (1 + math.cos(math.pi * progress)) / 2)
-        value = loss(step)
-        if not torch.isfinite(value):
-            raise ValueError(f"the loss is {value.item()} at step {step} of {schedule.steps}")
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimiser.step()
-        curve.append(value.item())
-        if show and (step % 50 == 0 or step == schedule.steps - 1):
-            print(f"step {step:5d}  loss {sum(curve[-50:]) / len(curve[-50:]):.3f}", flush=True)
-    return curve
-
-
-def _rows(count: int, schedule: Schedule, generator: torch.Generator) -> Int64[Tensor, "steps batch"]:
-    """Which images each step sees: whole shuffled passes, one after another."""
-    needed = schedule.steps * schedule.batch
-    passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(needed / count))]
-    return torch.cat(passes)[:needed].reshape(schedule.steps, schedule.batch)
-
-
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a module from a seed without touching the caller's random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build().to(memory_format=torch.channels_last)
-
-
 # ---- encoders ----------------------------------------------------------------------------------------------
 
 
-def clip_model(folder: Path, seed: int) -> nn.Module:
-    """The untrained two-tower model that `folder`/embedded-clip.json describes, in open_clip's own classes."""
-    open_clip.add_model_config(folder)
-    return _seeded(lambda: open_clip.create_model(CLIP_NAME, pretrained=None), seed)
+def clip_model(seed: int) -> nn.Module:
+    """The untrained two-tower model that CLIP_CONFIG describes, in open_clip's own classes."""
+    open_clip.add_model_config(CLIP_CONFIG)
+    return seeded(lambda: open_clip.create_model(CLIP_NAME, pretrained=None), seed)
 
 
 def encoder(name: str, seed: int) -> nn.Module:
@@ -252,7 +90,7 @@ def encoder(name: str, seed: int) -> nn.Module:
     if name not in names:
         raise ValueError(f"unknown auxiliary encoder {name!r}; there are {', '.join(names)}")
     recipe = RECIPES[name]
-    return _seeded(lambda: timm.create_model(recipe.architecture, num_classes=0, **recipe.settings), seed)
+    return seeded(lambda: timm.create_model(recipe.architecture, num_classes=0, **recipe.settings), seed)
 
 
 def train_clip(
@@ -278,7 +116,7 @@ def train_clip(
     used[tokens.unique()] = True
     with torch.no_grad():
         model.token_embedding.weight[~used] = 0
-    rows, contrast = _rows(len(images), schedule, generator), open_clip.ClipLoss()
+    rows, contrast = batches(len(images), schedule, generator), open_clip.ClipLoss()
 
     def loss(step: int) -> Tensor:
         views = augment(images[rows[step]], LIGHT, generator)
@@ -302,13 +140,13 @@ def train_vicreg(
 ) -> list[float]:
     """VICReg between augmented pictures of the same thing; the projector is thrown away."""
     generator, width = torch.Generator().manual_seed(seed), 256
-    projector = _seeded(
+    projector = seeded(
         lambda: nn.Sequential(
             nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
         ),
         seed,
     )
-    rows = _rows(len(first), schedule, generator)
+    rows = batches(len(first), schedule, generator)
 
     def loss(step: int) -> Tensor:
         both = torch.cat([augment(views[rows[step]], STRONG, generator) for views in (first, second)])
@@ -325,8 +163,8 @@ def train_mae(
 ) -> list[float]:
     """Masked autoencoding; the decoder is thrown away."""
     generator = torch.Generator().manual_seed(seed)
-    autoencoder = _seeded(lambda: MaskedAutoencoder(model), seed)
-    rows = _rows(len(images), schedule, generator)
+    autoencoder = seeded(lambda: MaskedAutoencoder(model), seed)
+    rows = batches(len(images), schedule, generator)
 
     def loss(step: int) -> Tensor:
         return autoencoder.loss(augment(images[rows[step]], Augmentation(crop=0.7, flip=True), generator), generator)
@@ -356,8 +194,8 @@ def train_supervised(
         raise ValueError(f"labels start at 0, the smallest here is {labels.min().item()}")
     generator = torch.Generator().manual_seed(seed)
     sizes = (labels.max(0).values + 1).tolist()
-    head = _seeded(lambda: nn.Linear(model.num_features, sum(sizes)), seed)
-    rows = _rows(len(images), schedule, generator)
+    head = seeded(lambda: nn.Linear(model.num_features, sum(sizes)), seed)
+    rows = batches(len(images), schedule, generator)
 
     def loss(step: int) -> Tensor:
         views = augment(images[rows[step]], LIGHT._replace(flip=True), generator)
@@ -370,32 +208,49 @@ def train_supervised(
     return curve
 
 
-def train(name: str, folder: Path, schedule: Schedule, images: int, seed: int, show: bool = False) -> Trained:
-    """Build an encoder of RECIPES, render its own images, train it.
-
-    Args:
-        folder: where the open_clip configuration lies.
-        images: how many images are rendered; a step draws from them without repetition within a pass.
+def select(names: str) -> tuple[str, ...]:
+    """Encoders named in one string, joined by +; `all` is every recipe.
 
     Raises:
-        ValueError: an unknown name, or numbers below 1.
+        ValueError: a name without a recipe.
     """
-    if images < 1 or schedule.steps < 0 or schedule.batch < 2:
-        raise ValueError(f"nothing to train with: {images} images, {schedule.steps} steps of {schedule.batch}")
-    started = time.monotonic()
-    if name == "clip":
-        model = clip_model(folder, seed)
+    chosen = tuple(RECIPES) if names == "all" else tuple(names.split("+"))
+    unknown = [name for name in chosen if name not in RECIPES]
+    if unknown:
+        raise ValueError(f"no recipe for {', '.join(unknown)}; there are {', '.join(RECIPES)}")
+    return chosen
+
+
+def plan(name: str, steps: int = 0, images: int = 0) -> Recipe:
+    """The recipe of an encoder, with another number of steps or images where one is given.
+
+    Raises:
+        ValueError: a negative number, or images for less than one batch of two.
+    """
+    if steps < 0 or images < 0 or images == 1:
+        raise ValueError(f"{name} cannot be trained for {steps} steps on {images} images")
+    recipe = RECIPES[name]
+    if name == "random":
+        return recipe
+    images = images or recipe.images
+    schedule = recipe.schedule._replace(steps=steps or recipe.schedule.steps, batch=min(recipe.schedule.batch, images))
+    return recipe._replace(schedule=schedule, images=images)
+
+
+def train(name: str, recipe: Recipe, seed: int, show: bool = False) -> Trained:
+    """Build an encoder, render its own images, train it by its own objective."""
+    started, schedule, images = time.monotonic(), recipe.schedule, recipe.images
+    model = clip_model(seed) if name == "clip" else encoder(name, seed)
+    if name == "random":
+        curve = []
+    elif name == "clip":
         curve = train_clip(model, *world.render_captioned(images, seed), schedule, seed, show)
+    elif name == "vicreg":
+        curve = train_vicreg(model, *world.render_pairs(images, seed), schedule, seed, show)
+    elif name == "mae":
+        curve = train_mae(model, world.render_unlabelled(images, seed), schedule, seed, show)
     else:
-        model = encoder(name, seed)
-        if name == "random":
-            curve = []
-        elif name == "vicreg":
-            curve = train_vicreg(model, *world.render_pairs(images, seed), schedule, seed, show)
-        elif name == "mae":
-            curve = train_mae(model, world.render_unlabelled(images, seed), schedule, seed, show)
-        else:
-            curve = train_supervised(model, *labelled(name, images, seed), schedule, seed, show)
+        curve = train_supervised(model, *labelled(name, images, seed), schedule, seed, show)
     return Trained(model.eval(), curve, time.monotonic() - started)
 
 
@@ -425,11 +280,9 @@ def restored(model: nn.Module, path: Path) -> nn.Module:
     return model.eval()
 
 
-def index_entry(
-    name: str, trained: Trained, path: Path, sha256: str, schedule: Schedule, images: int, seed: int
-) -> dict[str, object]:
+def index_entry(name: str, trained: Trained, path: Path, sha256: str, recipe: Recipe, seed: int) -> dict[str, object]:
     """What index.json says of an encoder: how to load it, and how it came about."""
-    recipe, clip = RECIPES[name], name == "clip"
+    clip, schedule = name == "clip", recipe.schedule
     return {
         "file": path.name,
         "sha256": sha256,
@@ -442,14 +295,26 @@ def index_entry(
         "std": STD,
         "feature_dim": trained.model.text_projection.shape[1] if clip else trained.model.num_features,
         "objective": recipe.objective,
-        "images": images,
+        "images": recipe.images,
         "steps": schedule.steps,
         "batch": schedule.batch,
         "learning_rate": schedule.rate,
         "seed": seed,
         "seconds": round(trained.seconds),
-        "final_loss": round(sum(trained.curve[-50:]) / len(trained.curve[-50:]), 4) if trained.curve else None,
+        "loss": ends(trained.curve),
     }
+
+
+def ends(curve: Sequence[float]) -> tuple[float, float] | None:
+    """Mean loss over the first and over the last twentieth of the steps; None without steps."""
+    part = max(1, len(curve) // 20)
+    return (sum(curve[:part]) / part, sum(curve[-part:]) / part) if curve else None
+
+
+def shipped() -> dict[str, dict[str, object]]:
+    """The index of the weights that come with the workbook; empty where there are none."""
+    path = CLIP_CONFIG.with_name("index.json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_index(entries: dict[str, dict[str, object]], folder: Path) -> None:
@@ -474,3 +339,30 @@ def text_classifier(
     tokenizer = open_clip.get_tokenizer(CLIP_NAME)
     parts = [model.encode_text(tokenizer([t.format(name) for name in classnames]), normalize=True) for t in templates]
     return F.normalize(torch.stack(parts).mean(0), dim=1)
+
+
+def caption_shares(captions: Sequence[str]) -> dict[str, float]:
+    """Which share of captions is about a digit or a sketch, and which share of the others names each factor."""
+    words = [caption.strip(".").split() for caption in captions]
+    things = [w for w in words if not set(w) & set(world.DIGIT_CLASSNAMES)]
+    drawn = [w for w in things if "sketch" not in w]
+    ahead = [w[: w.index("on")] if "on" in w else w for w in drawn]  # what comes before the background
+    named = {
+        "shape": [w[-1] in world.SHAPES for w in ahead],
+        "texture": [not set(w).isdisjoint(world.TEXTURES) for w in ahead],
+        "colour": [not set(w).isdisjoint(world.COLOURS) for w in ahead],
+        "background": ["background" in w for w in drawn],
+    }
+    shares = {"digit": 1 - len(things) / len(words), "sketch": (len(things) - len(drawn)) / len(words)}
+    return shares | {name: sum(hits) / max(1, len(hits)) for name, hits in named.items()}
+
+
+def right_about(answers: Int64[Tensor, " n"], drawn: world.Rendered) -> dict[str, float]:
+    """Share of answers (indices of CLASSNAMES) that have the class, its shape, its texture right."""
+    texture, shape = answers // len(world.SHAPES), answers % len(world.SHAPES)
+    hits = {
+        "class": answers == drawn.labels,
+        "shape": shape == drawn.attributes["shape"],
+        "texture": texture == drawn.attributes["texture"],
+    }
+    return {name: hit.float().mean().item() for name, hit in hits.items()}

@@ -7,8 +7,9 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from lib import pretraining, world
-from lib.pretraining import LIGHT, RECIPES, STRONG, Augmentation, Schedule
+from lib import objectives, pretraining, world
+from lib.objectives import LIGHT, STRONG, Augmentation, Schedule
+from lib.pretraining import RECIPES
 
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
 SHORT = Schedule(steps=14, batch=24, rate=4e-3)
@@ -24,32 +25,32 @@ def images() -> torch.Tensor:
 
 
 def test_augmentation_without_strength_only_standardises(images):
-    views = pretraining.augment(images, Augmentation(crop=1.0), generator())
-    torch.testing.assert_close(views, pretraining.normalise(images), atol=1e-4, rtol=0)
-    assert pretraining.normalise(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)).min() > 1.5
+    views = objectives.augment(images, Augmentation(crop=1.0), generator())
+    torch.testing.assert_close(views, objectives.normalise(images), atol=1e-4, rtol=0)
+    assert objectives.normalise(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)).min() > 1.5
 
 
 def test_augmentation_follows_its_generator(images):
-    first, again = (pretraining.augment(images, STRONG, generator(3)) for _ in range(2))
+    first, again = (objectives.augment(images, STRONG, generator(3)) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, pretraining.augment(images, STRONG, generator(4)))
-    assert not torch.equal(pretraining.augment(images, LIGHT, generator()), pretraining.normalise(images))
+    assert not torch.equal(first, objectives.augment(images, STRONG, generator(4)))
+    assert not torch.equal(objectives.augment(images, LIGHT, generator()), objectives.normalise(images))
 
 
 def test_vicreg_is_zero_exactly_when_its_three_wishes_are_met():
     rng = generator()
     x = torch.linalg.qr(torch.randn(400, 8, generator=rng)).Q
     x = torch.linalg.qr(x - x.mean(0)).Q * 2 * 399**0.5  # centred, uncorrelated, deviation 2
-    assert pretraining.vicreg_loss(x, x).item() == pytest.approx(0, abs=1e-4)
+    assert objectives.vicreg_loss(x, x).item() == pytest.approx(0, abs=1e-4)
     collapsed = torch.zeros(400, 8)
-    assert pretraining.vicreg_loss(collapsed, collapsed).item() == pytest.approx(25 * (1 - 1e-2), rel=1e-4)
-    assert pretraining.vicreg_loss(x, x + 1, (25.0, 0.0, 0.0)).item() == pytest.approx(25, rel=1e-4)
+    assert objectives.vicreg_loss(collapsed, collapsed).item() == pytest.approx(25 * (1 - 1e-2), rel=1e-4)
+    assert objectives.vicreg_loss(x, x + 1, (25.0, 0.0, 0.0)).item() == pytest.approx(25, rel=1e-4)
     copies = x[:, :1].expand(-1, 8)  # variance 4 in each of 8 x 7 off-diagonal entries, in both views
-    assert pretraining.vicreg_loss(copies, copies, (0.0, 0.0, 1.0)).item() == pytest.approx(2 * 56 * 16 / 8, rel=1e-3)
+    assert objectives.vicreg_loss(copies, copies, (0.0, 0.0, 1.0)).item() == pytest.approx(2 * 56 * 16 / 8, rel=1e-3)
 
 
 def test_patches_tile_the_image_and_are_standardised(images):
-    cut = pretraining.patches(images.float(), 6)
+    cut = objectives.patches(images.float(), 6)
     assert cut.shape == (64, 64, 108)
     torch.testing.assert_close(cut.mean(-1), torch.zeros(64, 64), atol=1e-4, rtol=0)
     first = images[0, :, :6, :6].float().flatten()
@@ -57,16 +58,18 @@ def test_patches_tile_the_image_and_are_standardised(images):
 
 
 def test_the_autoencoder_never_sees_what_it_must_guess(images):
-    model = pretraining.MaskedAutoencoder(pretraining.encoder("mae", 0)).eval()
+    model = objectives.MaskedAutoencoder(pretraining.encoder("mae", 0)).eval()
     seen = []
     model.encoder.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    model.loss(pretraining.normalise(images[:4]), generator())
+    model.loss(objectives.normalise(images[:4]), generator())
     assert seen == [(4, 1 + 64 - round(0.7 * 64), RECIPES["mae"].settings["embed_dim"])]
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("random", "mae")])
 def test_a_few_steps_reduce_the_loss_and_repeat_exactly(name):
-    first, again = (pretraining.train(name, EMBEDDED_FOLDER, SHORT, 128, seed=1) for _ in range(2))
+    first, again = (
+        pretraining.train(name, RECIPES[name]._replace(schedule=SHORT, images=128), seed=1) for _ in range(2)
+    )
     assert first.curve == again.curve and len(first.curve) == SHORT.steps
     assert sum(first.curve[-4:]) < sum(first.curve[:4])
     for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True):
@@ -74,12 +77,12 @@ def test_a_few_steps_reduce_the_loss_and_repeat_exactly(name):
 
 
 def test_masked_autoencoding_learns():
-    curve = pretraining.train("mae", EMBEDDED_FOLDER, SHORT, 128, seed=1).curve
+    curve = pretraining.train("mae", RECIPES["mae"]._replace(schedule=SHORT, images=128), seed=1).curve
     assert sum(curve[-3:]) < sum(curve[:3])
 
 
 def test_tokens_that_no_caption_uses_are_zero():
-    trained = pretraining.train("clip", EMBEDDED_FOLDER, SHORT._replace(steps=2), 64, seed=0)
+    trained = pretraining.train("clip", pretraining.plan("clip", steps=2, images=64), seed=0)
     empty = (trained.model.token_embedding.weight == 0).all(1).sum().item()
     assert trained.model.vocab_size - 120 < empty < trained.model.vocab_size - 20
 
@@ -114,18 +117,20 @@ def test_errors_name_both_sides(images):
     with pytest.raises(ValueError, match=r"'vicregg'.*vicreg"):
         pretraining.encoder("vicregg", 0)
     with pytest.raises(ValueError, match=r"\(4, 2\) and \(4, 3\)"):
-        pretraining.vicreg_loss(torch.zeros(4, 2), torch.zeros(4, 3))
+        objectives.vicreg_loss(torch.zeros(4, 2), torch.zeros(4, 3))
     with pytest.raises(ValueError, match="5 pixels do not tile images of 48 x 48"):
-        pretraining.patches(torch.zeros(1, 3, 48, 48), 5)
+        objectives.patches(torch.zeros(1, 3, 48, 48), 5)
     with pytest.raises(ValueError, match="64 images come with 1 captions"):
-        pretraining.train_clip(pretraining.clip_model(EMBEDDED_FOLDER, 0), images, ["a star."], SHORT, 0)
+        pretraining.train_clip(pretraining.clip_model(0), images, ["a star."], SHORT, 0)
     with pytest.raises(ValueError, match="64 images come with 3 rows"):
         pretraining.train_supervised(torch.nn.Identity(), images, torch.zeros(3, 1, dtype=torch.long), SHORT, 0)
-    with pytest.raises(ValueError, match="0 images"):
-        pretraining.train("vicreg", EMBEDDED_FOLDER, SHORT, 0, 0)
+    with pytest.raises(ValueError, match="vicreg cannot be trained for 2 steps on 1 images"):
+        pretraining.plan("vicreg", steps=2, images=1)
+    with pytest.raises(ValueError, match="no recipe for dino; there are clip, vicreg"):
+        pretraining.select("clip+dino")
     with pytest.raises(ValueError, match="nan at step 0 of 2"):
         layer = torch.nn.Linear(2, 2)
-        pretraining.optimise([layer], lambda step: layer.weight.sum() * float("nan"), Schedule(2))
+        objectives.optimise([layer], lambda step: layer.weight.sum() * float("nan"), Schedule(2))
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -134,7 +139,7 @@ def test_shipped_weights_are_those_of_the_index(name):
     entry = index[name]
     assert entry["architecture"] == RECIPES[name].architecture and entry["settings"] == RECIPES[name].settings
     assert entry["steps"] == RECIPES[name].schedule.steps and entry["learning_rate"] == RECIPES[name].schedule.rate
-    model = pretraining.clip_model(EMBEDDED_FOLDER, 0) if name == "clip" else pretraining.encoder(name, 0)
+    model = pretraining.clip_model(0) if name == "clip" else pretraining.encoder(name, 0)
     back = pretraining.restored(model, EMBEDDED_FOLDER / entry["file"])
     assert pretraining.encode(back, world.render("shapes", "val").images[:8]).shape == (8, entry["feature_dim"])
 

@@ -1,0 +1,189 @@
+"""How an encoder learns without an evaluation image: augmentations, objectives, and one short loop."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # open_clip's defaults, used for every embedded encoder
+
+
+# ---- images ------------------------------------------------------------------------------------------------
+
+
+class Augmentation(NamedTuple):
+    """How far an image is changed: `crop` is the smallest share of the side that stays, the rest are strengths."""
+
+    crop: float = 0.85
+    flip: bool = False
+    colour: float = 0.0
+    noise: float = 0.0
+
+
+LIGHT = Augmentation()
+STRONG = Augmentation(crop=0.85, flip=True, colour=1.0, noise=0.02)  # no colour stays what it was
+
+
+def normalise(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    """Bytes to standardised colours, with MEAN and STD."""
+    return _standardised(images.float() / 255)
+
+
+def _standardised(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
+
+
+def augment(
+    images: UInt8[Tensor, "n 3 h w"], how: Augmentation, generator: torch.Generator
+) -> Float[Tensor, "n 3 h w"]:
+    """A random view of every image, standardised: crop, flip, channel mixing with brightness and contrast, noise."""
+    n, x = len(images), images.float() / 255
+    scale = 1 - (1 - how.crop) * torch.rand(n, 2, generator=generator)
+    shift = (1 - scale) * (2 * torch.rand(n, 2, generator=generator) - 1)
+    if how.flip:
+        scale[:, 0] *= torch.randint(0, 2, (n,), generator=generator) * 2 - 1
+    affine = torch.zeros(n, 2, 3)
+    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = scale[:, 0], scale[:, 1], shift
+    x = F.grid_sample(x, F.affine_grid(affine, list(x.shape), align_corners=False), align_corners=False)
+    if how.colour:
+        mixing = (1 - how.colour) * torch.eye(3) + how.colour * 0.6 * torch.randn(n, 3, 3, generator=generator)
+        x = torch.einsum("nij,njhw->nihw", mixing, x - 0.5)
+        x = x + 0.5 + how.colour / 5 * torch.randn(n, 3, 1, 1, generator=generator)
+        x = x.clamp(0, 1)
+    if how.noise:
+        x = x + how.noise * torch.randn(x.shape, generator=generator)
+    return _standardised(x)
+
+
+# ---- objectives --------------------------------------------------------------------------------------------
+
+
+def vicreg_loss(
+    a: Float[Tensor, "n d"], b: Float[Tensor, "m e"], weights: tuple[float, float, float] = (25.0, 25.0, 1.0)
+) -> Float[Tensor, ""]:
+    """Variance-invariance-covariance regularisation (Bardes et al. 2022, eq. 1 to 6).
+
+        l m(a, b)^2 + u (v(a) + v(b)) + n (c(a) + c(b)),
+
+    with the mean squared distance, the hinge 1 - sd of every dimension, and the squared off-diagonal covariances.
+
+    Raises:
+        ValueError: `a` and `b` differ in shape.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"the views differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    n, d = a.shape
+    total = weights[0] * F.mse_loss(a, b)
+    for x in (a - a.mean(0), b - b.mean(0)):
+        total = total + weights[1] * F.relu(1 - (x.var(0) + 1e-4).sqrt()).mean() / 2
+        covariance = x.T @ x / (n - 1)
+        total = total + weights[2] * (covariance - torch.diag(covariance.diagonal())).square().sum() / d
+    return total
+
+
+def patches(images: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n tokens pixels"]:
+    """Cut images into squares of `size` pixels, each standardised by its own mean and deviation.
+
+    Raises:
+        ValueError: `size` does not divide the sides of the images.
+    """
+    height, width = images.shape[2:]
+    if height % size or width % size:
+        raise ValueError(f"patches of {size} pixels do not tile images of {height} x {width}")
+    cut = F.unfold(images, size, stride=size).transpose(1, 2)
+    return (cut - cut.mean(-1, keepdim=True)) / (cut.var(-1, keepdim=True) + 1e-4).sqrt()
+
+
+class MaskedAutoencoder(nn.Module):
+    """A light decoder on timm's vision transformer (He et al. 2022): hide patches, predict their pixels."""
+
+    def __init__(self, encoder: nn.Module, width: int = 64, hidden: float = 0.7):
+        super().__init__()
+        self.encoder, self.hidden = encoder, hidden
+        tokens, patch = encoder.patch_embed.num_patches, encoder.patch_embed.patch_size[0]
+        self.enter = nn.Linear(encoder.embed_dim, width)
+        self.missing = nn.Parameter(torch.zeros(width))
+        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.decoder = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch**2))
+
+    def loss(self, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Float[Tensor, ""]:
+        """Mean squared error over the hidden patches."""
+        encoder, n = self.encoder, len(images)
+        tokens = encoder.patch_embed(images) + encoder.pos_embed[:, encoder.num_prefix_tokens :]
+        count = tokens.shape[1]
+        kept = count - round(self.hidden * count)
+        order = torch.rand(n, count, generator=generator).argsort(1)
+        rows = torch.arange(n)[:, None]
+        prefix = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(n, -1, -1)
+        seen = encoder.norm(encoder.blocks(torch.cat([prefix, tokens[rows, order[:, :kept]]], 1)))[:, 1:]
+        full = self.missing.expand(n, count, -1).clone()
+        full[rows, order[:, :kept]] = self.enter(seen)
+        guess = self.leave(self.decoder(full + self.places))
+        target = patches(images, encoder.patch_embed.patch_size[0])
+        away = order[:, kept:]
+        return F.mse_loss(guess[rows, away], target[rows, away])
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """Steps of `batch` images; AdamW with a linear warm-up over a tenth of the steps, then a cosine to zero."""
+
+    steps: int
+    batch: int = 256
+    rate: float = 2e-3
+    decay: float = 0.05
+
+
+def optimise(
+    modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, show: bool = False
+) -> list[float]:
+    """Minimise `loss(step)` over the parameters of `modules`; the curve of its values comes back.
+
+    Raises:
+        ValueError: a loss that is not finite, naming the step.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=schedule.rate, betas=(0.9, 0.98))
+    warm, curve = max(1, schedule.steps // 10), []
+    for step in range(schedule.steps):
+        progress = max(0.0, (step - warm) / max(1, schedule.steps - warm))
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.rate * min((step + 1) / warm, (1 + math.cos(math.pi * progress)) / 2)
+        value = loss(step)
+        if not torch.isfinite(value):
+            raise ValueError(f"the loss is {value.item()} at step {step} of {schedule.steps}")
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimiser.step()
+        curve.append(value.item())
+        if show and (step % 50 == 0 or step == schedule.steps - 1):
+            print(f"step {step:5d}  loss {sum(curve[-50:]) / len(curve[-50:]):.3f}", flush=True)
+    return curve
+
+
+def batches(count: int, schedule: Schedule, generator: torch.Generator) -> Int64[Tensor, "steps batch"]:
+    """Which images each step sees: whole shuffled passes, one after another."""
+    needed = schedule.steps * schedule.batch
+    passes = [torch.randperm(count, generator=generator) for _ in range(math.ceil(needed / count))]
+    return torch.cat(passes)[:needed].reshape(schedule.steps, schedule.batch)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a module from a seed without touching the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build().to(memory_format=torch.channels_last)
