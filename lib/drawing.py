@@ -231,24 +231,18 @@ def _compose(
     return _finish(rng, backdrop + mask * (fill - backdrop), style)
 
 
-def draw_shapes(
-    rng: np.random.Generator, factors: dict[str, np.ndarray], style: Style, pose: np.random.Generator | None = None
-) -> np.ndarray:
-    """Images of shapes; `factors` holds indices of shape, texture, colour and background.
-
-    `pose` draws where an object lies and how its texture runs, `rng` the rest; without it `rng` draws all.
-    """
-    pose = pose or rng
+def draw_shapes(rng: np.random.Generator, factors: dict[str, np.ndarray], style: Style) -> np.ndarray:
+    """Images of shapes; `factors` holds indices of shape, texture, colour and background."""
     shape = factors["shape"]
     images = np.empty((len(shape), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for start in range(0, len(shape), CHUNK):
         part = slice(start, start + CHUNK)
-        u, v, pixels = _frame(pose, len(shape[part]), style)
+        u, v, pixels = _frame(rng, len(shape[part]), style)
         distance = np.empty_like(u)
         for index in np.unique(shape[part]):
             rows = shape[part] == index
             distance[rows] = _DISTANCE[SHAPES[index]](u[rows], v[rows])
-        tones = _tones(pose, u, v, factors["texture"][part], style)
+        tones = _tones(rng, u, v, factors["texture"][part], style)
         colours = factors["colour"][part], factors["background"][part]
         images[part] = _compose(rng, distance * pixels, tones, *colours, style)
     return images
@@ -279,32 +273,28 @@ def _glyphs() -> np.ndarray:
     return np.array(fields, np.float32).reshape(len(_FONTS), 10, side, side)
 
 
-def draw_digits(
-    rng: np.random.Generator, factors: dict[str, np.ndarray], pose: np.random.Generator | None = None
-) -> np.ndarray:
+def draw_digits(rng: np.random.Generator, factors: dict[str, np.ndarray]) -> np.ndarray:
     """Images of printed digits, sheared, bent, thinned or thickened; a third of them light on dark."""
     digit = factors["digit"]
     parts = [{name: values[start : start + CHUNK] for name, values in factors.items()}
              for start in range(0, len(digit), CHUNK)]  # fmt: skip
-    return np.concatenate(
-        [np.empty((0, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), *(_digits(rng, p, pose or rng) for p in parts)]
-    )
+    return np.concatenate([np.empty((0, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), *(_digits(rng, p) for p in parts)])
 
 
-def _digits(rng: np.random.Generator, factors: dict[str, np.ndarray], pose: np.random.Generator) -> np.ndarray:
+def _digits(rng: np.random.Generator, factors: dict[str, np.ndarray]) -> np.ndarray:
     n = len(factors["digit"])
-    u, v, pixels = _frame(pose, n, PHOTO._replace(rotation=0.2, aspect=0.25))
-    u = u + _between(pose, -0.35, 0.35, n, 1, 1) * v
+    u, v, pixels = _frame(rng, n, PHOTO._replace(rotation=0.2, aspect=0.25))
+    u = u + _between(rng, -0.35, 0.35, n, 1, 1) * v
     bends = []
     for t in (v, u):
-        swing, rate, phase = (_between(pose, *ends, n, 1, 1) for ends in ((0, 0.12), (1, 4), (0, 6.28)))
+        swing, rate, phase = (_between(rng, *ends, n, 1, 1) for ends in ((0, 0.12), (1, 4), (0, 6.28)))
         bends.append(swing * np.sin(rate * t + phase))
     side = _glyphs().shape[-1]
     column, row = [np.clip(((t + b) / 1.4 + 1) * side / 2, 0, side - 1).astype(np.intp)
                    for t, b in zip((u, v), bends, strict=True)]  # fmt: skip
-    font = pose.integers(len(_FONTS), size=(n, 1, 1))
-    field = _glyphs()[font, factors["digit"][:, None, None], row, column] - _between(pose, -0.03, 0.1, n, 1, 1)
-    distance = field * pixels * _between(pose, 0.15, 1, n, 1, 1)  # a blurred edge stands for a coarse scan
+    font = rng.integers(len(_FONTS), size=(n, 1, 1))
+    field = _glyphs()[font, factors["digit"][:, None, None], row, column] - _between(rng, -0.03, 0.1, n, 1, 1)
+    distance = field * pixels * _between(rng, 0.15, 1, n, 1, 1)  # a blurred edge stands for a coarse scan
     colours, plain = (factors["colour"], factors["background"]), np.zeros_like(u)
     images = _compose(rng, distance, plain, *colours, PHOTO._replace(occluded=0.1))
     white = np.repeat(np.clip(0.5 - distance, 0, 1)[:, None], 3, axis=1)

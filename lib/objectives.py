@@ -17,16 +17,13 @@ MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # open_clip's defaults, use
 
 
 class Augmentation(NamedTuple):
-    """How far an image is changed: `crop` is the smallest share of the side that stays, the rest are strengths."""
+    """How far an image is changed: the smallest share of a side that a crop keeps, and whether half are mirrored."""
 
-    crop: float = 0.85
+    crop: float
     flip: bool = False
-    colour: float = 0.0
-    noise: float = 0.0
 
 
-LIGHT = Augmentation()
-STRONG = Augmentation(crop=0.85, flip=True, colour=1.0, noise=0.02)  # no colour stays what it was
+LIGHT, FLIPPED = Augmentation(0.85), Augmentation(0.85, flip=True)
 
 
 def normalise(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
@@ -42,7 +39,7 @@ def _standardised(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
 def augment(
     images: UInt8[Tensor, "n 3 h w"], how: Augmentation, generator: torch.Generator
 ) -> Float[Tensor, "n 3 h w"]:
-    """A random view of every image, standardised: crop, flip, channel mixing with brightness and contrast, noise."""
+    """A random view of every image, standardised: a crop, and a flip for half of them."""
     n, x = len(images), images.float() / 255
     scale = 1 - (1 - how.crop) * torch.rand(n, 2, generator=generator)
     shift = (1 - scale) * (2 * torch.rand(n, 2, generator=generator) - 1)
@@ -51,13 +48,6 @@ def augment(
     affine = torch.zeros(n, 2, 3)
     affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = scale[:, 0], scale[:, 1], shift
     x = F.grid_sample(x, F.affine_grid(affine, list(x.shape), align_corners=False), align_corners=False)
-    if how.colour:
-        mixing = (1 - how.colour) * torch.eye(3) + how.colour * 0.6 * torch.randn(n, 3, 3, generator=generator)
-        x = torch.einsum("nij,njhw->nihw", mixing, x - 0.5)
-        x = x + 0.5 + how.colour / 5 * torch.randn(n, 3, 1, 1, generator=generator)
-        x = x.clamp(0, 1)
-    if how.noise:
-        x = x + how.noise * torch.randn(x.shape, generator=generator)
     return _standardised(x)
 
 

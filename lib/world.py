@@ -186,14 +186,12 @@ def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.n
     return _drawn(rng, factors), factors
 
 
-def _drawn(
-    rng: np.random.Generator, factors: dict[str, np.ndarray], pose: np.random.Generator | None = None
-) -> np.ndarray:
+def _drawn(rng: np.random.Generator, factors: dict[str, np.ndarray]) -> np.ndarray:
     digit, sketch = factors["digit"] >= 0, factors["sketch"] == 1
     images = np.empty((len(digit), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for rows, style in ((~digit & ~sketch, drawing.PHOTO), (sketch, drawing.SKETCH), (digit, None)):
         some = {name: values[rows] for name, values in factors.items()}
-        images[rows] = drawing.draw_shapes(rng, some, style, pose) if style else drawing.draw_digits(rng, some, pose)
+        images[rows] = drawing.draw_shapes(rng, some, style) if style else drawing.draw_digits(rng, some)
     return images
 
 
@@ -237,21 +235,17 @@ def render_unlabelled(n: int, seed: int) -> UInt8[Tensor, "n 3 48 48"]:
 
 
 def render_pairs(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], UInt8[Tensor, "n 3 48 48"]]:
-    """Two pictures of each thing, with nothing said of it: the same pose under another light, before another
-    background and occluder, as a fixed camera sees a thing while its surroundings change.
+    """A picture and a line drawing of each thing, in poses of their own, with nothing said of it.
+
+    The two share shape and texture (or the digit, which is printed twice), not colour, place or background.
 
     Raises:
         ValueError: `n` below 1 or `seed` below 0.
     """
-    _, factors = _stream(n, seed, "pairs")
-    key = [_PRETRAINING, len(_PURPOSES), seed]
-    pictures = []
-    for turn in range(2):
-        rng, pose = np.random.default_rng([*key, turn]), np.random.default_rng([*key, 2])
-        shift = rng.integers(1, len(COLOURS), n)
-        around = factors | {"background": (factors["colour"] + shift) % len(COLOURS)}
-        pictures.append(torch.from_numpy(_drawn(rng, around, pose)))
-    return pictures[0], pictures[1]
+    pictures, factors = _stream(n, seed, "pairs")
+    rng = np.random.default_rng([_PRETRAINING, len(_PURPOSES), seed])
+    drawings = _drawn(rng, factors | {"sketch": np.ones(n, np.int64)})
+    return torch.from_numpy(pictures), torch.from_numpy(drawings)
 
 
 def render_labelled(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], dict[str, Int64[Tensor, " n"]]]:

@@ -8,7 +8,7 @@ from conftest import ROOT
 from torch.nn import functional as F
 
 from lib import objectives, pretraining, world
-from lib.objectives import LIGHT, STRONG, Augmentation, Schedule
+from lib.objectives import FLIPPED, LIGHT, Augmentation, Schedule
 from lib.pretraining import RECIPES
 
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
@@ -25,15 +25,15 @@ def images() -> torch.Tensor:
 
 
 def test_augmentation_without_strength_only_standardises(images):
-    views = objectives.augment(images, Augmentation(crop=1.0), generator())
+    views = objectives.augment(images, Augmentation(1.0), generator())
     torch.testing.assert_close(views, objectives.normalise(images), atol=1e-4, rtol=0)
     assert objectives.normalise(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)).min() > 1.5
 
 
 def test_augmentation_follows_its_generator(images):
-    first, again = (objectives.augment(images, STRONG, generator(3)) for _ in range(2))
+    first, again = (objectives.augment(images, FLIPPED, generator(3)) for _ in range(2))
     assert torch.equal(first, again)
-    assert not torch.equal(first, objectives.augment(images, STRONG, generator(4)))
+    assert not torch.equal(first, objectives.augment(images, FLIPPED, generator(4)))
     assert not torch.equal(objectives.augment(images, LIGHT, generator()), objectives.normalise(images))
 
 
