@@ -15,6 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,44 +73,39 @@ def extract(
     encoders = [backbones.load(job.encoder, device, precision) for job in jobs]
     for job, encoder in zip(jobs, encoders, strict=True):
         _require_room(job.folder, len(images) * views * encoder.dim * 4)
-    count = -(-len(images) // SHARD)
-    missing = [set(range(count)) - set(_shards(job.folder)) for job in jobs]
-    todo = sorted(set().union(*missing))
+    total, per_batch = len(images), max(1, batch_size // views)
+    shards = set(range(-(-total // SHARD)))
+    missing = [shards - set(_shards(job.folder)) for job in jobs]
+    batches = {shard: _batches(shard, total, per_batch) for shard in sorted(set().union(*missing))}
+    done = total - sum(len(batch) for found in batches.values() for batch in found)
     decoder = _Decoder(images, [e.transform if views == 1 else e.augment for e in encoders], views)
-    per_batch = max(1, batch_size // views)
-    loader = DataLoader(
-        decoder,
-        batch_sampler=[batch for shard in todo for batch in _batches(shard, len(images), per_batch)],
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # or it would draw from the caller's
-    )
-    decoded, total = iter(loader), len(images)
     names = ", ".join(job.encoder for job in jobs)
-    done = total - sum(len(_rows(shard, total)) for shard in todo)
-    with tqdm(total=total, initial=done, unit="img", desc=names, disable=None) as progress:
-        for shard in todo:
+    bar = tqdm(total=total, initial=done, unit="img", desc=names, disable=None)
+    with closing(_decoded(decoder, [b for found in batches.values() for b in found], num_workers)) as decoded, bar:
+        for shard, found in batches.items():
+            lacking = [shard in lost for lost in missing]
+            parts: list[list[Tensor]] = [[] for _ in jobs]
             kept: list[int] = []
             bad: dict[str, str] = {}
-            parts: list[list[Tensor]] = [[] for _ in jobs]
-            for batch in _batches(shard, total, per_batch):
+            for batch in found:
                 inputs = next(decoded)
                 failed = {images.ids[row]: error for row, error, _ in inputs if error}
                 if failed and not quarantine:
                     raise ValueError(_undecodable(failed))
                 bad |= failed
-                kept += [row for row, error, _ in inputs if not error]
+                rows = [row for row, error, _ in inputs if not error]
+                kept += rows
                 for place, encoder in enumerate(encoders):
-                    good = [tensors[place] for _, error, tensors in inputs if not error]
-                    if good and shard in missing[place]:
-                        parts[place].append(_encode(encoder, torch.stack(good), images, kept[-len(good) :]))
-                progress.update(len(batch))
-            for place, (job, encoder) in enumerate(zip(jobs, encoders, strict=True)):
-                if shard in missing[place]:
-                    x = torch.cat(parts[place], dim=1) if parts[place] else torch.empty(views, 0, encoder.dim)
+                    if rows and lacking[place]:
+                        views_of_rows = torch.stack([tensors[place] for _, error, tensors in inputs if not error])
+                        parts[place].append(_encode(encoder, views_of_rows, images, rows))
+                bar.update(len(batch))
+            for place, job in enumerate(jobs):
+                if lacking[place]:
+                    x = torch.cat(parts[place] or [torch.empty(views, 0, encoders[place].dim)], dim=1)
                     _write_shard(job.folder, shard, x, kept, bad)
     for job, encoder in zip(jobs, encoders, strict=True):
-        _join(job, images, encoder, views, count)
+        _join(job, images, encoder, views, len(shards))
 
 
 def read(job: Job) -> tuple[Float[Tensor, "..."], Int64[Tensor, " n"], dict[str, Any]] | None:
@@ -213,6 +209,13 @@ class _Decoder(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(AUGMENTATION_SEED + row)  # every encoder sees the same crops, whoever decodes
             return torch.stack([transform(image) for _ in range(self.views)])
+
+
+def _decoded(decoder: _Decoder, batches: Sequence[Sequence[int]], num_workers: int) -> Iterator[list[tuple]]:
+    """Yield decoded batches in order; closing it ends the worker processes at once."""
+    generator = torch.Generator()  # the loader would otherwise draw from the caller's
+    loader = DataLoader(decoder, batch_sampler=batches, num_workers=num_workers, collate_fn=list, generator=generator)
+    yield from loader
 
 
 def _encode(
