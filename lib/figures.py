@@ -12,8 +12,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 COLUMN = 3.5  # width of a paper's column in inches; figures are one or two of them wide
 ACCENT = "#c8321e"
@@ -42,6 +44,12 @@ STYLES: dict[str, tuple[str, str]] = {
     "m_adapter": ("#1b9e77", "3"),
     "transclip": ("#9e5ea8", "4"),
 }
+# A predictor looks like the method that made it known.
+STYLES |= {"head": STYLES["amu"], "cache": STYLES["tip_adapter"], "trained_cache": STYLES["tip_adapter_f"]}
+STYLES |= {"mlp": ("#5d4037", "H")}
+
+ENCODER_INKS = ("#0072b2", "#009e73", "#d55e00", "#000000", "#b58900", "#7b3294", "#56b4e9", "#cc79a7")
+ENCODER_MARKERS = "osD^vPXp"
 
 RC = {
     "figure.dpi": 110,
@@ -78,6 +86,20 @@ def colour(method: str) -> str:
 def marker(method: str) -> str:
     """Return the marker of a method."""
     return STYLES.get(method, ("#8a7f72", "."))[1]
+
+
+def short_name(encoder: str) -> str:
+    """Return an encoder's name as axes have room for it: no library, no `aux_`."""
+    return "+".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split("+"))
+
+
+def encoder_styles(encoders: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return colour and marker of each encoder, by its place in the list."""
+    count = len(ENCODER_INKS)
+    return {
+        name: {"color": ENCODER_INKS[i % count], "marker": ENCODER_MARKERS[i % count]}
+        for i, name in enumerate(encoders)
+    }
 
 
 def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
@@ -126,6 +148,31 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]], gap: floa
         )
 
 
+def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away: float = 6) -> None:
+    """Write each point's name beside it, on the first side where it meets no other point and no other name.
+
+    Args:
+        points: name -> (x, y, colour) in data units.
+        away: distance from the point in typographic points.
+    """
+    ax.figure.canvas.draw()
+    taken = [Bbox.from_bounds(*ax.transData.transform((x, y)) - 4, 8, 8) for x, y, _ in points.values()]
+    sides = [(1, 0, "left"), (-1, 0, "right"), (0, 1.4, "center"), (0, -1.4, "center"), (1, 1.4, "left")]
+    sides += [(-1, 1.4, "right"), (1, -1.4, "left"), (-1, -1.4, "right"), (1, 2.8, "left"), (1, -2.8, "left")]
+    for name, (x, y, ink) in points.items():
+        text = ax.annotate(name, (x, y), textcoords="offset points", va="center", color=ink, fontsize=7)
+        boxes = []
+        for right, up, align in sides:
+            text.set(position=(right * away, up * away), ha=align)
+            box = text.get_window_extent()
+            inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
+            boxes.append((sum(box.overlaps(other) for other in taken) + 2 * (not inside), len(boxes), box))
+        best = min(boxes, key=lambda found: found[:2])
+        right, up, align = sides[best[1]]
+        text.set(position=(right * away, up * away), ha=align)
+        taken.append(best[2])
+
+
 def image_grid(axes: Sequence[Axes], images: Sequence[np.ndarray], titles: Sequence[str]) -> None:
     """Show one image in each axes with its title above; axes left over are hidden."""
     for ax in axes:
@@ -133,3 +180,71 @@ def image_grid(axes: Sequence[Axes], images: Sequence[np.ndarray], titles: Seque
     for ax, image, title in zip(axes, images, titles, strict=False):
         ax.imshow(image, interpolation="nearest")
         ax.set_title(title, fontsize=6, loc="center", pad=2)
+
+
+def heat_map(ax: Axes, table: pd.DataFrame, form: str = "{:.1f}", signed: bool = False) -> None:
+    """Draw a table as coloured cells with their numbers; light is more, cells without a number stay empty.
+
+    Args:
+        signed: the table holds losses and gains: white is 0, darker is further from it, and the sign is in the number.
+    """
+    values = table.to_numpy(dtype=float)
+    limit = float(np.nanmax(np.abs(values))) or 1.0
+    shown = ax.imshow(values, aspect="auto", **({"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {}))
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            dark = abs(value) > 0.6 * limit if signed else shown.norm(value) < 0.55
+            ax.text(column, row, form.format(value), ha="center", va="center", fontsize=6, color="w" if dark else "k")
+    ax.set_xticks(range(table.shape[1]), table.columns)
+    ax.set_yticks(range(table.shape[0]), table.index)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+
+
+def critical_difference(
+    ax: Axes,
+    ranks: pd.Series,
+    difference: float,
+    groups: Sequence[Sequence[str]],
+    labels: Mapping[str, tuple[str, str]],
+) -> None:
+    """Draw mean ranks on a line, best to the right; bars join methods that the ranks cannot tell apart.
+
+    Args:
+        ranks: of each method, 1 is best.
+        difference: Nemenyi's, drawn as a scale bar.
+        groups: of methods within the difference, see `metrics.cliques`.
+        labels: method -> (text, colour).
+    """
+    names = list(ranks.sort_values().index)
+    half = (len(names) + 1) // 2
+    ax.set(xlim=(len(names) + 0.5, 0.5), ylim=(-half - 1.5 - 0.45 * len(groups), 2.2))
+    ax.axis("off")
+    ax.plot([1, len(names)], [0, 0], color="k", lw=0.8)
+    for tick in range(1, len(names) + 1):
+        ax.plot([tick, tick], [0, 0.25], color="k", lw=0.8)
+        ax.text(tick, 0.45, str(tick), ha="center", va="bottom", fontsize=6)
+    ax.plot([1, 1 + difference], [1.7, 1.7], color="k", lw=1.5)
+    ax.text(1 + difference / 2, 1.8, f"critical difference {difference:.1f}", ha="center", va="bottom", fontsize=6)
+    depth = 0.45 * len(groups)
+    for level, group in enumerate(groups):
+        ends = [ranks[group[0]] - 0.1, ranks[group[-1]] + 0.1]
+        ax.plot(ends, [-0.35 - 0.45 * level] * 2, color="k", lw=2.5, solid_capstyle="round")
+    for place, name in enumerate(names):
+        text, ink = labels[name]
+        best = place < half
+        y = -depth - 1 - (place if best else len(names) - 1 - place)
+        edge = 0.5 if best else len(names) + 0.5
+        ax.plot([ranks[name], ranks[name], edge], [0, y, y], color=ink, lw=0.8)
+        ax.annotate(
+            f"{text}  {ranks[name]:.1f}" if not best else f"{ranks[name]:.1f}  {text}",
+            (edge, y),
+            xytext=(3 if best else -3, 0),
+            textcoords="offset points",
+            ha="left" if best else "right",
+            va="center",
+            fontsize=7,
+            color=ink,
+            annotation_clip=False,
+        )

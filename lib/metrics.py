@@ -6,7 +6,8 @@ Accuracies are shares in [0, 1]; notebooks turn them into percent where they are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from scipy import stats
 from torch import Tensor
+
+from lib import fusion
+from lib.tasks import Split
 
 
 def right(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
@@ -86,6 +90,32 @@ def error_auroc(uncertainty: Float[Tensor, " n"], logits: Float[Tensor, "n C"], 
     return float(below / (wrong.sum() * (~wrong).sum()))
 
 
+def error_auroc_interval(
+    uncertainty: Float[Tensor, " n"], logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"], level: float = 0.95
+) -> tuple[float, float]:
+    """Return `error_auroc` and the half-width of its normal interval over images.
+
+    With V the share of right images that a wrong one is above, and W the same the other way round, the variance is
+    var(V) / #wrong + var(W) / #right        (DeLong et al., 1988)
+    """
+    wrong, value = (~right(logits, y)).numpy(), uncertainty.double().numpy()
+    if min(wrong.sum(), (~wrong).sum()) < 2:
+        return error_auroc(uncertainty, logits, y), math.nan
+    place, own = stats.rankdata(value), np.empty(len(value))
+    for part in (wrong, ~wrong):
+        own[part] = stats.rankdata(value[part])
+    shares = [(place - own)[part] / (~part).sum() for part in (wrong, ~wrong)]
+    half = stats.norm.ppf((1 + level) / 2) * math.sqrt(sum(v.var(ddof=1) / len(v) for v in shares))
+    return float(shares[0].mean()), float(half)
+
+
+def quantile_groups(values: Float[Tensor, " n"], groups: int) -> Int64[Tensor, " n"]:
+    """Return which of `groups` equally large parts, from the lowest values (0) up, each row falls in; ties by row."""
+    place = torch.empty(len(values), dtype=torch.int64)
+    place[torch.argsort(values, stable=True)] = torch.arange(len(values))
+    return place * groups // len(values)
+
+
 # --- complementarity -------------------------------------------------------------------------------------------
 
 
@@ -123,6 +153,20 @@ def overlap(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> dict[str, 
     errors = found["second_only"] + found["neither"]
     found["disagreement"] = found["second_only"] / errors if errors else math.nan
     return found
+
+
+def top_of_both(superiority: pd.Series, complementarity: pd.Series) -> str:
+    """Return the name that the paper's rule picks: in the top K of one and the top K of the other measure.
+
+    The paper leaves K open. Here it is the smallest K whose two lists share a name; of two names, which can only meet
+    there together, the one of the higher superiority is taken.
+
+    Source: AMU-Tuning, section 3.2.
+    """
+    ranks = [v.rank(ascending=False, method="first") for v in (superiority, complementarity)]
+    worse = pd.concat(ranks, axis=1).max(axis=1)
+    tied = worse.index[worse == worse.min()]
+    return str(superiority[tied].idxmax())
 
 
 def repaired_and_broken(
@@ -254,3 +298,80 @@ def cliques(ranks: pd.Series, difference: float) -> list[tuple[str, ...]]:
         if len(group) > 1 and (not groups or not set(group) <= set(groups[-1])):
             groups.append(group)
     return groups
+
+
+# --- the workbook's own comparisons --------------------------------------------------------------------------------
+
+
+def judge_fusions(
+    rules: Mapping[str, fusion.Rule],
+    held: Split,
+    held_bias: Float[Tensor, "m C"],
+    test: Split,
+    test_bias: Float[Tensor, "n C"],
+    betas: Sequence[float],
+) -> pd.DataFrame:
+    """Judge one fitted bias under many fusion rules; each takes its beta from the held-out images, the first of equals.
+
+    Args:
+        rules: functions of (zero_shot, bias, beta), of (zero_shot, bias), or `fusion.learned`, which learns its beta.
+        held: the images on which beta is chosen, with the bias there.
+        betas: the values to choose from.
+
+    Returns:
+        One row per rule: `beta` (NaN without one), the accuracies in [0, 1] `held` and `accuracy` (on `test`), and
+        `right`, which test images it classifies correctly.
+    """
+    rows = []
+    for name, rule in rules.items():
+        if rule is fusion.replace:
+            beta, score, fused = math.nan, accuracy(held_bias, held.y), test_bias
+        else:
+            tried = (fusion.learn_beta(held.zero_shot, held_bias, held.y),) if rule is fusion.learned else tuple(betas)
+            found = fusion.accuracy_over_beta(rule, held.zero_shot, held_bias, held.y, tried)
+            score = max(found)
+            beta = tried[found.index(score)]
+            fused = rule(test.zero_shot, test_bias, beta=beta)
+        hit = right(fused, test.y)
+        rows.append({"fusion": name, "beta": beta, "held": score, "accuracy": hit.float().mean().item(), "right": hit})
+    return pd.DataFrame(rows).set_index("fusion")
+
+
+def count_numbers(values: object) -> int:
+    """Return how many numbers a tensor, or any nesting of lists of tensors, holds."""
+    if isinstance(values, Tensor):
+        return values.numel()
+    return sum(count_numbers(value) for value in values)
+
+
+def published_backbone(encoder: str) -> str:
+    """Return the name under which tables publish one of OpenAI's image towers, `RN50` or `ViT-B/16`; else ``.
+
+    An encoder's name counts (`open_clip:ViT-B-16-quickgelu/openai`) and so does a bank's file name (`clip_vit_b16`).
+    """
+    found = re.fullmatch(r"open_clip:(RN\d+|ViT-[BL]-\d+)(?:-quickgelu)?/openai", encoder)
+    found = found or re.fullmatch(r"clip[_-](RN\d+|ViT[_-]?[BL][_-]?\d+)", encoder, re.IGNORECASE)
+    if not found:
+        return ""
+    kind, size, patch = re.fullmatch(r"(RN|VIT)[_-]?([BL]?)[_-]?(\d+)", found[1].upper()).groups()
+    return f"RN{patch}" if kind == "RN" else f"ViT-{size}/{patch}"
+
+
+def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Put our accuracies beside the published ones of the same method, data set, backbone and number of shots.
+
+    Args:
+        ours: one row per result: `method` (as titled in `methods.METHODS`), `dataset`, `backbone` (as published), `shots`
+            and `mean`, in %.
+        published: rows of data/published.csv. Zero-shot CLIP stands there at 0 shots and is compared at any.
+
+    Returns:
+        The rows that agree, with `value`, `source`, `table` and `difference` (ours - published, in points).
+    """
+    theirs = published[published["metric"] == "accuracy"].replace({"method": {"LP-CLIP": "Linear probe"}})
+    theirs = theirs.astype({"shots": int})[["source", "table", "method", "dataset", "clip_backbone", "shots", "value"]]
+    theirs = theirs.rename(columns={"clip_backbone": "backbone"})
+    keys = ["method", "dataset", "backbone", "shots"]
+    asked = ours.assign(shots_run=ours["shots"], shots=ours["shots"].where(ours["method"] != "Zero-shot CLIP", 0))
+    joined = asked.merge(theirs, on=keys).assign(difference=lambda rows: rows["mean"] - rows["value"])
+    return joined.assign(shots=joined["shots_run"]).drop(columns="shots_run")

@@ -67,6 +67,30 @@ def test_error_auroc_agrees_with_scikit_learn():
     assert metrics.error_auroc(u, logits, y) == pytest.approx(roc_auc_score(wrong, u))
 
 
+def test_error_auroc_interval_is_that_of_resampled_images():
+    g = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(400, 4, generator=g), torch.randint(4, (400,), generator=g)
+    wrong = logits.argmax(1) != y
+    u = torch.randn(400, generator=g) + wrong
+    found, half = metrics.error_auroc_interval(u, logits, y)
+    assert found == pytest.approx(metrics.error_auroc(u, logits, y))
+    draws = [torch.randint(400, (400,), generator=g) for _ in range(500)]
+    spread = np.std([metrics.error_auroc(u[d], logits[d], y[d]) for d in draws])
+    assert half == pytest.approx(1.96 * spread, rel=0.15)
+
+
+def test_quantile_groups_are_equally_large_and_ordered():
+    groups = metrics.quantile_groups(torch.tensor([5.0, 1, 4, 2, 3, 3]), 3)
+    assert groups.tolist() == [2, 0, 2, 0, 1, 1]
+
+
+def test_the_papers_rule_takes_what_is_high_in_both():
+    superiority = pd.Series({"a": 0.9, "b": 0.8, "c": 0.3, "d": 0.1})
+    assert metrics.top_of_both(superiority, pd.Series({"a": 0.1, "b": 0.7, "c": 0.8, "d": 0.9})) == "b"
+    assert metrics.top_of_both(superiority, pd.Series({"a": 0.9, "b": 0.7, "c": 0.8, "d": 0.1})) == "a"
+    assert metrics.top_of_both(superiority, pd.Series({"a": 0.6, "b": 0.7, "c": 0.1, "d": 0.1})) == "a"
+
+
 def test_shapley_shares_add_up_and_split_an_interaction_evenly():
     shares = metrics.shapley(lambda on: 3.0 * ("a" in on) + 2.0 * ({"a", "b"} <= on), ["a", "b", "c"])
     assert shares == pytest.approx({"a": 4, "b": 1, "c": 0})
