@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,6 @@ class Encoder:
         parts = []
         for start in range(0, len(texts), TEXT_BATCH):
             tokens = self.tokenizer(texts[start : start + TEXT_BATCH])
-            full = int((tokens[:, -1] != 0).sum())
-            if full:
-                cut = f"{self.name}: {full} texts fill its context of {tokens.shape[1]} tokens and may be cut"
-                warnings.warn(cut, stacklevel=2)
             with self._arithmetic():
                 parts.append(self.model.encode_text(tokens.to(self.device)).float().cpu())
         return torch.cat(parts)
@@ -140,7 +137,31 @@ def _build_open_clip(recipe: Recipe) -> tuple[nn.Module, Callable[[list[str]], T
             model.load_state_dict(state)
         elif recipe.weights:
             open_clip.load_checkpoint(model, str(recipe.weights), strict=True, weights_only=True)
-        return model, open_clip.get_tokenizer(recipe.architecture)
+    hub = recipe.name.removeprefix("open_clip:")  # a hub's own tokenizer does not lie beside its weights
+    source = hub if hub.startswith("hf-hub:") and recipe.settings["text_cfg"].get("hf_tokenizer_name") else None
+    return model, partial(_tokenize, recipe.name, source or recipe.architecture)
+
+
+def _tokenize(name: str, source: str, texts: list[str]) -> Tensor:
+    import open_clip
+
+    try:
+        tokenizer = _tokenizer(source)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(f"{name}: its tokenizer is not to be had ({one_line(error)})") from error
+    tokens = tokenizer(texts)
+    cut = int((tokens[:, -1] != 0).sum()) if isinstance(tokenizer, open_clip.SimpleTokenizer) else 0
+    if cut:
+        told = f"{name}: {cut} texts fill its context of {tokens.shape[1]} tokens and may be cut"
+        warnings.warn(told, stacklevel=4)
+    return tokens
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(source: str) -> Callable[[list[str]], Tensor]:
+    import open_clip
+
+    return open_clip.get_tokenizer(source)
 
 
 def _openai_state(path: Path) -> dict[str, Tensor] | None:

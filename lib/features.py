@@ -245,6 +245,7 @@ def _ingredients(recipe: backbones.Recipe, precision: str) -> dict[str, Any]:
         "encoder": recipe.name,
         "weights": recipe.weights_hash,
         "preprocess": dict(recipe.preprocess),
+        "settings": dict(recipe.settings),
         "precision": precision,
     }
 

@@ -46,7 +46,7 @@ class Recipe:
         architecture: the library's own name for it.
         weights: the checkpoint; None for random weights.
         preprocess: size in pixels, resizing, interpolation, mean and std.
-        settings: further arguments of timm.create_model.
+        settings: further arguments of timm.create_model, or open_clip's configuration of the model.
         weights_hash: sha256 of the checkpoint.
     """
 
@@ -76,6 +76,23 @@ def resolve(name: str) -> Recipe:
     near = difflib.get_close_matches(name, known + [f"{key}:" for key in finders], n=3, cutoff=0.4)
     hint = f"; near: {', '.join(near)}" if near else ""
     raise ValueError(f"unknown encoder {name!r}{hint}. Encoders are named {GRAMMAR}")
+
+
+def listed() -> list[str]:
+    """Return all names without a path: embedded, open_clip's tags and timm's, those with the wrong GELU left out."""
+    import open_clip
+    import timm
+
+    tags = []
+    for architecture, tag in open_clip.list_pretrained():
+        config, card = open_clip.get_model_config(architecture), open_clip.get_pretrained_cfg(architecture, tag)
+        if _right_gelu(architecture, config, card) == architecture:
+            tags.append(f"open_clip:{architecture}/{tag}")
+    return [
+        *(f"embedded:{key}" for key in embedded_index()),
+        *tags,
+        *(f"timm:{name}" for name in timm.list_pretrained()),
+    ]
 
 
 def embedded_index() -> dict[str, dict[str, Any]]:
@@ -114,7 +131,10 @@ def _embedded(name: str, rest: str) -> Recipe:
         )
     size, colours = entry["image_size"], {"mean": tuple(entry["mean"]), "std": tuple(entry["std"])}
     preprocess = {"size": size, "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest", **colours}
-    return Recipe(name, entry["kind"], entry["architecture"], weights, preprocess, entry.get("settings", {}))
+    settings, config = entry.get("settings", {}), EMBEDDED_FOLDER / f"{entry['architecture']}.json"
+    if entry["kind"] == "open_clip":
+        settings = json.loads(_existing(name, str(config)).read_text())
+    return Recipe(name, entry["kind"], entry["architecture"], weights, preprocess, settings)
 
 
 def _open_clip(name: str, rest: str) -> Recipe:
@@ -131,7 +151,7 @@ def _open_clip(name: str, rest: str) -> Recipe:
             weights = found[0] if found else _existing(name, f"{folder}/{OPEN_CLIP_FILES[0]}")
         config = json.loads((folder / "open_clip_config.json").read_text())
         preprocess = _clip_preprocess(config["model_cfg"], config.get("preprocess_cfg", {}))
-        return Recipe(name, "open_clip", f"local-dir:{folder}", weights, preprocess)
+        return Recipe(name, "open_clip", f"local-dir:{folder}", weights, preprocess, config["model_cfg"])
 
     architecture, _, tag = rest.partition("/")
     config = open_clip.get_model_config(architecture)
@@ -141,17 +161,16 @@ def _open_clip(name: str, rest: str) -> Recipe:
     card = open_clip.get_pretrained_cfg(architecture, tag)
     preprocess = _clip_preprocess(config, card)
     if tag == "random":
-        return Recipe(name, "open_clip", architecture, None, preprocess)
+        return Recipe(name, "open_clip", architecture, None, preprocess, config)
     if not card and ("/" in tag or Path(tag).suffix):
-        return Recipe(name, "open_clip", architecture, _existing(name, tag), preprocess)
+        return Recipe(name, "open_clip", architecture, _existing(name, tag), preprocess, config)
     plain = architecture.removesuffix("-quickgelu")
     if not card:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         hint = f"; {plain} has it, without QuickGELU" if open_clip.get_pretrained_cfg(plain, tag) else ""
         raise ValueError(f"{name}: {architecture} has no tag or file {tag!r}{hint}. Its tags: {tags}")
-    right = plain if config.get("quick_gelu") else f"{plain}-quickgelu"
-    # An architecture with QuickGELU under a plain name (roberta-ViT-B-32) has a card that does not mention it.
-    if _gelu(card) != _gelu(config) and right != architecture and open_clip.get_model_config(right):
+    right = _right_gelu(architecture, config, card)
+    if right != architecture:
         raise ValueError(
             f"{name}: these weights were trained with {_gelu(card)}, the architecture has {_gelu(config)}; "
             f"the right name is open_clip:{right}/{tag}"
@@ -159,7 +178,7 @@ def _open_clip(name: str, rest: str) -> Recipe:
     owner, model, filename = [*card["hf_hub"].split("/"), ""][:3]
     names = (filename,) if filename else OPEN_CLIP_FILES
     weights = _hub_file(name, f"{owner}/{model}", names, f"open_clip:{architecture}/FILE")
-    return Recipe(name, "open_clip", architecture, weights, preprocess)
+    return Recipe(name, "open_clip", architecture, weights, preprocess, config)
 
 
 def _timm(name: str, rest: str) -> Recipe:
@@ -213,6 +232,18 @@ def _clip_preprocess(config: Mapping[str, Any], card: Mapping[str, Any]) -> dict
 
     merged = merge_preprocess_dict(PreprocessCfg(), card) | {"size": config["vision_cfg"].get("image_size", 224)}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items()}
+
+
+def _right_gelu(architecture: str, config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    """Return the architecture with the activation that the weights were trained with.
+
+    An architecture with QuickGELU under a plain name (roberta-ViT-B-32) has a card that does not mention it.
+    """
+    import open_clip
+
+    plain = architecture.removesuffix("-quickgelu")
+    right = plain if config.get("quick_gelu") else f"{plain}-quickgelu"
+    return architecture if _gelu(card) == _gelu(config) or not open_clip.get_model_config(right) else right
 
 
 def _gelu(config: Mapping[str, Any]) -> str:
