@@ -361,8 +361,8 @@ def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Put our accuracies beside the published ones of the same method, data set, backbone and number of shots.
 
     Args:
-        ours: one row per result: `method` (as titled in `methods.METHODS`), `dataset`, `backbone` (as published), `shots`
-            and `mean`, in %.
+        ours: one row per result: `method` (as titled in `methods.METHODS`), `dataset`, `backbone` (as published),
+            `shots` and `mean`, in %.
         published: rows of data/published.csv. Zero-shot CLIP stands there at 0 shots and is compared at any.
 
     Returns:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from lib import metrics
+from lib import fusion, metrics
 
 
 def test_accuracy_and_class_accuracy():
@@ -128,3 +129,71 @@ def test_mean_ranks_and_cliques():
     assert difference == pytest.approx(2.3437 * math.sqrt(12 / 18), abs=1e-3)
     assert metrics.cliques(ranks, 1.0) == [("a", "b"), ("b", "c")]
     assert metrics.cliques(ranks, 0.5) == []
+
+
+def test_judging_fusions_takes_beta_from_the_held_out_images_alone(make_task):
+    task = make_task(classes=4, n_val=40, n_test=80)
+    on, test = task.val, task.test
+    bias = [split.aux @ split.aux.new_ones(task.support.aux.shape[1], 4).cumsum(1) for split in (on, test)]
+    rules = {name: fusion.FUSIONS[name] for name in ("fixed", "learned", "wise", "replace")}
+    found = metrics.judge_fusions(rules, on, bias[0], test, bias[1], (1.0, 0.0, 0.5))
+    assert list(found.index) == list(rules) and math.isnan(found["beta"]["replace"])
+    for name, row in found.drop("replace").iterrows():
+        assert row["held"] == metrics.accuracy(rules[name](on.zero_shot, bias[0], row["beta"]), on.y)
+        assert row["accuracy"] == metrics.accuracy(rules[name](test.zero_shot, bias[1], row["beta"]), test.y)
+    assert found["held"]["fixed"] == max(metrics.accuracy(on.zero_shot + b * bias[0], on.y) for b in (0.0, 0.5, 1.0))
+    assert found["accuracy"]["replace"] == metrics.accuracy(bias[1], test.y)
+    relabelled = replace(test, y=(test.y + 1) % 4)
+    again = metrics.judge_fusions(rules, on, bias[0], relabelled, bias[1], (1.0, 0.0, 0.5))
+    assert again["beta"].dropna().tolist() == found["beta"].dropna().tolist()
+
+
+def test_count_numbers():
+    assert metrics.count_numbers(torch.zeros(3, 4)) == 12
+    assert metrics.count_numbers([torch.zeros(3), [torch.zeros(2, 2)]]) == 7 and metrics.count_numbers([]) == 0
+
+
+def test_published_backbones_are_openais_only():
+    names = {
+        "open_clip:ViT-B-16-quickgelu/openai": "ViT-B/16",
+        "open_clip:RN50-quickgelu/openai": "RN50",
+        "open_clip:ViT-L-14/openai": "ViT-L/14",
+        "open_clip:ViT-B-16/laion2b_s34b_b88k": "",
+        "embedded:clip": "",
+        "clip_vit_b32": "ViT-B/32",
+        "clip_RN101": "RN101",
+        "clip": "",
+    }
+    assert {name: metrics.published_backbone(name) for name in names} == names
+
+
+def test_published_numbers_are_joined_only_where_everything_agrees():
+    published = pd.DataFrame(
+        [
+            ("a paper", "Table 4", "AMU-Tuning", "RN50", "imagenet", 16, "accuracy", 70.02),
+            ("a paper", "Table 4", "AMU-Tuning", "ViT-B/16", "imagenet", 16, "accuracy", 74.9),
+            ("a paper", "Table 4", "LP-CLIP", "RN50", "imagenet", 1, "accuracy", 22.17),
+            ("a paper", "Table 1", "Zero-shot CLIP", "RN50", "imagenet", 0, "accuracy", 60.33),
+            ("a paper", "Table 2", "AMU-Tuning", "RN50", "imagenet", 16, "superiority", 57.68),
+        ],
+        columns=["source", "table", "method", "clip_backbone", "dataset", "shots", "metric", "value"],
+    )
+    ours = pd.DataFrame(
+        [
+            ("AMU-Tuning", "imagenet", "RN50", 16, 69.0),
+            ("AMU-Tuning", "imagenet", "RN50", 8, 67.0),
+            ("AMU-Tuning", "imagenetv2", "RN50", 16, 60.0),
+            ("Linear probe", "imagenet", "RN50", 1, 22.0),
+            ("Zero-shot CLIP", "imagenet", "RN50", 4, 60.0),
+        ],
+        columns=["method", "dataset", "backbone", "shots", "mean"],
+    )
+    joined = metrics.join_published(ours, published).set_index("method")
+    assert joined["difference"].round(2).to_dict() == {
+        "AMU-Tuning": -1.02,
+        "Linear probe": -0.17,
+        "Zero-shot CLIP": -0.33,
+    }
+    assert joined["shots"].to_dict() == {"AMU-Tuning": 16, "Linear probe": 1, "Zero-shot CLIP": 4}
+    nothing = metrics.join_published(ours.assign(backbone=""), published)
+    assert len(nothing) == 0 and "difference" in nothing
