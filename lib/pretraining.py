@@ -69,7 +69,7 @@ RECIPES = {
         Schedule(900, rate=3e-3),
         40_000,
     ),
-    "mae": Recipe("vit_tiny_patch16_224", VIT, "masked autoencoding of unlabelled images", Schedule(1000), 40_000),
+    "mae": Recipe("vit_tiny_patch16_224", VIT, "masked autoencoding of unlabelled images", Schedule(500), 40_000),
     "supervised": Recipe("test_byobnet", {}, "cross-entropy on the texture", Schedule(400), 40_000),
     "supervised-colour": Recipe("test_byobnet", {}, "cross-entropy on both colours", Schedule(200), 40_000),
     "random": Recipe("test_byobnet", {}, "none: random weights", Schedule(0), 1),
