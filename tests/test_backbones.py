@@ -41,6 +41,14 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.delenv("https_proxy", raising=False)
 
 
+@pytest.mark.parametrize("name", ["embedded:clip", "embedded:vit", "timm:test_byobnet/random"])
+def test_preprocessing_can_be_sent_to_another_process(name):
+    encoder = backbones.load(name, device="cpu")
+    plain, augment = pickle.loads(pickle.dumps((encoder.transform, encoder.augment)))
+    assert torch.equal(plain(photo(1)), encoder.transform(photo(1)))
+    assert augment(photo(1)).shape == plain(photo(1)).shape
+
+
 def test_importing_features_loads_no_model_library():
     code = "import sys, lib.features; print({'timm', 'open_clip', 'torchvision', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

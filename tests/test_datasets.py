@@ -14,6 +14,7 @@ from scipy.io import savemat
 from small_models import photo, write_folder
 
 from lib import datasets, images, sources
+from lib.__main__ import main
 
 TEN = [name for name, card in sources.cards().items() if card["family"] == "benchmark"]
 # Class sizes of CoOp's EuroSAT split, and the rows that shots 1 of seed 1 took of its train and its val
@@ -514,6 +515,39 @@ def test_pixels_without_a_known_range_are_refused(tmp_path):
         images.decode(tmp_path / "float.tif")
     with pytest.raises(ValueError, match="grey values run from 70000"):
         images.decode(tmp_path / "int.tif")
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_says_what_is_here_and_what_is_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOGIT_BIAS_DATA", str(tmp_path))
+    write_coop(tmp_path, "dtd")
+    assert main(["datasets"]) == 0
+    shown = capsys.readouterr().out
+    assert "shapes               here: 72 classes, train, val, test" in shown
+    assert "dtd                  here: 2 classes, train, val, test" in shown
+    assert "food101              missing: no food-101/images" in shown and "--download food101" in shown
+    own = write_folder(tmp_path / "own")
+    (own / "test/class_0/image_000.png").write_bytes((own / "train/class_0/image_000.png").read_bytes())
+    assert main(["datasets", f"folder:{own}"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 classes, train 12, val 12, test 12" in shown
+    assert "images in both train and test: 1, such as train/class_0/image_000.png" in shown
+    assert main(["datasets", "nothing"]) == 2
+    assert "unknown data set 'nothing'" in capsys.readouterr().err
+    assert main(["datasets", "--download", "imagenet-a"]) == 2
+    assert "torchvision cannot download 'imagenet-a'; get it from" in capsys.readouterr().err
+
+
+def test_a_download_that_fails_gives_one_line(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(ValueError, match=r"dtd: torchvision could not download it .*get it with split_zhou") as caught:
+        sources.download("dtd", tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_real_photos_in_caltechs_layout(tmp_path):

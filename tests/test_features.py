@@ -12,6 +12,7 @@ from small_models import write_embedded, write_folder
 from torch.nn.functional import normalize
 
 from lib import backbones, banks, datasets, extraction, features, images, recipes
+from lib.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -506,6 +507,29 @@ def test_npz_files_become_a_bank(tmp_path):
     np.savez(tmp_path / "pickled.npz", train_features=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="cannot be read as npz"):
         features.import_npz(tmp_path / "pickled.npz", tmp_path / "other")
+
+
+def test_the_command_line_extracts_and_imports(own, tmp_path, capsys):
+    assert main(["extract", own, "embedded:vit", "embedded:clip", "--splits", "val", "--device", "cpu"]) == 0
+    assert f"{own}, val, embedded:clip: (12, 24)" in capsys.readouterr().out
+    assert main(["extract", own, "embedded:vit", "--splits", "none"]) == 2
+    assert "has no split 'none'" in capsys.readouterr().err
+    write_tip_adapter(tmp_path / "tip")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
+    command = ["import", "tip-adapter", str(tmp_path / "tip"), str(tmp_path / "bank"), "--shots", "2"]
+    assert main(command) == 2 and "give --classes FILE" in capsys.readouterr().err
+    assert main([*command, "--classes", str(tmp_path / "names.txt")]) == 0
+    assert capsys.readouterr().out.strip() == f"features:{tmp_path / 'bank'}"
+
+
+def test_the_command_line_lists_encoders(capsys):
+    assert main(["encoders", "TIMM", "dinov3", "small"]) == 0
+    assert "timm:vit_small_patch16_dinov3.lvd1689m" in capsys.readouterr().out.split()
+    assert main(["encoders", "openai", "rn50"]) == 0
+    shown = capsys.readouterr().out.split()
+    assert "open_clip:RN50-quickgelu/openai" in shown and "open_clip:RN50/openai" not in shown
+    assert main(["encoders", "embedded"]) == 0
+    assert capsys.readouterr().out.split() == ["embedded:clip", "embedded:conv", "embedded:vit"]
 
 
 def test_the_real_tip_adapter_folder_becomes_a_bank(tmp_path):
