@@ -23,7 +23,7 @@ from itertools import product
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import caches, fusion, peers, predictors, transductive
+from lib import caches, fusion, peers, predictors, solved, transductive
 from lib.tasks import PROTOCOLS, FewShotTask, Split
 
 Setting = Mapping[str, object]
@@ -78,7 +78,7 @@ METHODS: dict[str, Entry] = {
     "zero_shot": Entry("Zero-shot CLIP", predictors.NoPredictor, fusion.fixed, "Radford et al., 2021"),
     "linear_probe": Entry(
         "Linear probe",
-        predictors.LinearProbe,
+        solved.LinearProbe,
         fusion.replace,
         "Radford et al., 2021",
         refit={"inverse_penalty": (10.0, 0.1, 1.0, 100.0, 1000.0)},
@@ -124,7 +124,7 @@ METHODS: dict[str, Entry] = {
     ),
     "gda": Entry(
         "GDA",
-        predictors.GDA,
+        solved.GDA,
         fusion.fixed,
         "arXiv 2402.04087; repository mrflogs/ICLR24",
         defaults={"beta": 0.1},
@@ -195,6 +195,14 @@ METHODS: dict[str, Entry] = {
         defaults={"beta": 5.0},
         refit={"lam": (0.5, 0.2, 0.8), "beta": AMU_BETAS},
     ),
+    "amu_convex": Entry(
+        "AMU-Tuning (convex)",
+        solved.ConvexHead,
+        fusion.uncertain,
+        "arXiv 2404.08958, eq. 8-11, minimised to the optimum",
+        defaults={"beta": 5.0},
+        refit={"penalty": (1e-3, 1e-2, 3e-3, 3e-4, 1e-4, 3e-5, 1e-5)},
+    ),
     "amu_code": Entry(
         "AMU-Tuning (code)",
         predictors.MultiBranchHead,
@@ -208,10 +216,11 @@ METHODS: dict[str, Entry] = {
 
 # Every predictor by name, for triples that nobody published; METHODS says which names the literature uses.
 PREDICTORS: dict[str, type[predictors.Predictor]] = {
-    "linear_probe": predictors.LinearProbe,
+    "linear_probe": solved.LinearProbe,
     "head": predictors.MultiBranchHead,
+    "convex_head": solved.ConvexHead,
     "mlp": predictors.MLP,
-    "gda": predictors.GDA,
+    "gda": solved.GDA,
     "cache": caches.Cache,
     "trained_cache": caches.TrainedCache,
     "similar_caches": caches.SimilarCaches,

@@ -8,13 +8,10 @@ Labels are read from `task.support` alone, and from `task.val` where a docstring
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -72,34 +69,6 @@ class NoPredictor(Predictor):
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return torch.zeros_like(split.zero_shot)
-
-
-class LinearProbe(Predictor):
-    """Multinomial logistic regression on the features, without knowledge of the texts.
-
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
-        inverse_penalty: scikit-learn's `C`, the inverse of the L2 penalty, above 0.
-
-    Source: the linear probe of CLIP (Radford et al., 2021), solved by scikit-learn's L-BFGS.
-    """
-
-    def __init__(self, features: str = "clip", inverse_penalty: float = 10.0) -> None:
-        self.features = features
-        self.inverse_penalty = inverse_penalty
-
-    def fit(self, task: FewShotTask) -> LinearProbe:
-        model = LogisticRegression(C=self.inverse_penalty, max_iter=1000)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # one shot per class
-            warnings.simplefilter("error", ConvergenceWarning)
-            model.fit(task.support.features(self.features).double().numpy(), task.support.y.numpy())
-        self.weight_ = torch.from_numpy(model.coef_).float()
-        self.intercept_ = torch.from_numpy(model.intercept_).float()
-        return self
-
-    def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        return split.features(self.features) @ self.weight_.T + self.intercept_
 
 
 class MultiBranchHead(Predictor):
@@ -272,46 +241,6 @@ class MLP(Predictor):
     def _forward(x: Float[Tensor, "n D"], weights: Sequence[Tensor]) -> Float[Tensor, "n C"]:
         first, first_bias, second, second_bias = weights
         return torch.relu(x @ first.T + first_bias) @ second.T + second_bias
-
-
-class GDA(Predictor):
-    """Gaussian discriminant analysis: classes share one covariance, estimated with shrinkage, in closed form.
-
-        P = D ((n - 1) S + tr(S) I)^-1,    W = mu P,    b_c = -log C - mu_c^T P mu_c / 2,    bias = x W^T + b
-
-    mu are the class means and S is the covariance of the centred rows. S already divides by n - 1, so (n - 1) S is
-    the scatter; the authors' code says so and is followed. With one image per class the scatter is 0, P has no
-    finite value and the identity takes its place. Augmented views, where a task has them, count as more images.
-
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
-
-    Source: "A hard-to-beat baseline for training-free CLIP-based adaptation" (arXiv 2402.04087), eq. 6-8;
-        repository mrflogs/ICLR24, `main_few_shots.py`.
-    """
-
-    def __init__(self, features: str = "clip") -> None:
-        self.features = features
-
-    def fit(self, task: FewShotTask) -> GDA:
-        views = task.views or (task.support,)
-        x = torch.cat([view.features(self.features) for view in views]).double()
-        y = torch.cat([view.y for view in views])
-        mean = training.class_means(x, y, task.num_classes)
-        centred = x - mean[y]
-        scatter, dim = centred.T @ centred, x.shape[1]
-        shrinkage = scatter.trace() / (len(x) - 1)
-        if shrinkage <= len(x) * torch.finfo(torch.float32).eps ** 2:
-            precision_mean = mean
-        else:
-            factor = torch.linalg.cholesky(scatter + shrinkage * torch.eye(dim, dtype=x.dtype))
-            precision_mean = dim * torch.cholesky_solve(mean.T, factor).T
-        self.weight_ = precision_mean.float()
-        self.intercept_ = (-math.log(task.num_classes) - (mean * precision_mean).sum(1) / 2).float()
-        return self
-
-    def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        return split.features(self.features) @ self.weight_.T + self.intercept_
 
 
 def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor, "C D"]:

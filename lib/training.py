@@ -1,4 +1,4 @@
-"""Training: B linear heads at once, and a plain loop for whatever else is learned by gradient.
+"""Training: B linear heads at once, a plain loop for whatever else is learned by gradient, and a convex solver.
 
 A head gives bias logits `a = W g`, optionally as the z-score of each row. With zero-shot logits `s0` and the
 factor `u` of each image, its loss has two branches (AMU-Tuning, eq. 8-9):
@@ -105,24 +105,26 @@ def train_heads(
     weight = weight.clone()
     gradient = torch.zeros_like(weight)
     optimiser = _adamw(weight, gradient, lrs, decays, eps)
+    rates = [group["lr"] for group in optimiser.param_groups]
     steps_per_epoch = math.ceil(n / batch_size)
-    decay = cosine(1.0, epochs * steps_per_epoch)
+    decay = cosine(1.0, epochs * steps_per_epoch).tolist()
     losses = torch.empty(heads, epochs * steps_per_epoch, 3)
     lams, betas = lams[:, None], betas[:, None]
     rows, scores, hot = x.reshape(-1, x.shape[-1]), zero_shot.reshape(-1, zero_shot.shape[-1]), _one_hot(y, zero_shot)
     factors = None if factor is None else factor.reshape(heads, -1)
+    if all(heads == 1 or v is None or v.stride(0) == 0 for v in (orders, picks)):  # one order for all heads
+        orders, picks = orders[:1], None if picks is None else picks[:1]
     for epoch in range(epochs):
         for start in range(0, n, batch_size):
             step = epoch * steps_per_epoch + start // batch_size
             image = orders[:, epoch, start : start + batch_size]
             row = image if picks is None else picks[:, epoch, start : start + batch_size] * n + image
-            strength = betas if factors is None else betas * factors.gather(1, row)
-            features = rows[row]
+            strength = betas if factors is None else betas * factors.gather(1, row.expand(heads, -1))
             losses[:, step] = _loss_and_gradient(
-                weight, features, scores[row], hot[image], lams, strength, standardised, gradient
+                weight, rows[row], scores[row], hot[image], lams, strength, standardised, gradient
             )
-            for group in optimiser.param_groups:
-                group["lr"] = group["initial_lr"] * float(decay[step])
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * decay[step]
             optimiser.step()
         if on_epoch is not None:
             on_epoch(epoch + 1, weight)
@@ -169,6 +171,146 @@ def minimise(
     return losses
 
 
+@dataclass(frozen=True)
+class Convex:
+    """Linear heads at the optimum of a convex loss, one for each penalty, in the order the penalties were given.
+
+    Attributes:
+        weight, intercept: the heads; the intercept is 0 where none was asked for.
+        losses: value reached, penalty included.
+        gradient_norms: the certificate: norm of the gradient reached, relative to the one at zero weights.
+        evaluations: how often loss and gradient were computed.
+    """
+
+    weight: Float[Tensor, "P C D"]
+    intercept: Float[Tensor, "P C"]
+    losses: Float[Tensor, " P"]
+    gradient_norms: Float[Tensor, " P"]
+    evaluations: Int64[Tensor, " P"]
+
+
+def solve_convex(
+    x: Float[Tensor, "n D"],
+    zero_shot: Float[Tensor, "n C"],
+    y: Int64[Tensor, " n"],
+    penalties: Sequence[float],
+    *,
+    lam: float = 0.0,
+    strength: Float[Tensor, " n"] | None = None,
+    intercept: bool = False,
+    tolerance: float = 1e-4,
+    max_evaluations: int = 1000,
+) -> Convex:
+    """Minimise the two-branch loss without z-score to its optimum, for a path of penalties.
+
+        mean_i [(1 - lam) CE(a_i, y_i) + lam CE(s0_i + k_i a_i, y_i)] + penalty / 2 ||W||^2,    a = W x + b
+
+    It is convex in W and b. The best W lies in the span of the rows of x, so where they are few (2 n <= D) all
+    happens in n coordinates from one QR decomposition, exactly. Penalties are solved from strong to weak, each by
+    L-BFGS on the full batch from where the two solutions before it point.
+
+    Args:
+        x: rows of the support; everything is computed in their precision.
+        zero_shot: `s0`; without effect at lam = 0, which is plain logistic regression.
+        penalties: each above 0, in any order.
+        strength: k, beta u(s0) of each image; 1 if absent.
+        intercept: also learn b, which is not penalised.
+        tolerance: stop where the gradient's norm has fallen to this share of its norm at zero weights.
+        max_evaluations: stop there in any case; the certificate tells.
+    """
+    reduced = 2 * len(x) <= x.shape[1]
+    basis, corner = torch.linalg.qr(x.T) if reduced else (None, None)
+    rows = corner.T if reduced else x
+    if intercept:
+        rows = torch.cat([rows, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    held = torch.ones(rows.shape[1], dtype=x.dtype)
+    if intercept:
+        held[-1] = 0
+    s0 = zero_shot.to(x.dtype)
+    k = torch.ones_like(s0[:, :1]) if strength is None else strength[:, None].to(x.dtype)
+    hot = _one_hot(y, s0)
+    branches = [(1 - lam, torch.ones_like(k), torch.zeros_like(s0)), (lam, k, s0)]
+    branches = [branch for branch in branches if branch[0] > 0]
+
+    def loss(weight: Float[Tensor, "C r"], penalty: float) -> tuple[float, Float[Tensor, "C r"]]:
+        bias, slope, value = rows @ weight.T, torch.zeros_like(s0), 0.0
+        for share, scale, base in branches:
+            log_p = torch.addcmul(base, scale, bias).log_softmax(1)
+            value -= share * torch.dot(hot.flatten(), log_p.flatten()).item() / len(x)
+            slope.addcmul_(log_p.exp_().sub_(hot), scale, value=share / len(x))
+        shrunk = weight * held
+        return value + penalty / 2 * shrunk.square().sum().item(), torch.addmm(shrunk, slope.T, rows, beta=penalty)
+
+    order = sorted(range(len(penalties)), key=lambda i: -penalties[i])
+    zero = torch.zeros(hot.shape[1], rows.shape[1], dtype=x.dtype)
+    stop = tolerance * loss(zero, 0.0)[1].norm().item()
+    found: dict[int, tuple] = {}
+    start, before = zero, None
+    for step, i in enumerate(order):
+        if step > 1 and penalties[order[step - 2]] > penalties[order[step - 1]]:
+            ahead = math.log(penalties[order[step - 1]] / penalties[i])
+            behind = math.log(penalties[order[step - 2]] / penalties[order[step - 1]])
+            start, before = start + (ahead / behind) * (start - before), start
+        else:
+            before = start
+        found[i] = _lbfgs(lambda weight, penalty=penalties[i]: loss(weight, penalty), start, stop, max_evaluations)
+        start = found[i][0]
+    solved = torch.stack([found[i][0] for i in range(len(penalties))])
+    weight = solved[..., : rows.shape[1] - intercept]
+    return Convex(
+        weight=weight @ basis.T if reduced else weight,
+        intercept=solved[..., -1] if intercept else torch.zeros_like(solved[..., 0]),
+        losses=torch.tensor([found[i][1] for i in range(len(penalties))]),
+        gradient_norms=torch.tensor([found[i][2] * tolerance / stop for i in range(len(penalties))]),
+        evaluations=torch.tensor([found[i][3] for i in range(len(penalties))]),
+    )
+
+
+def _lbfgs(
+    function: Callable[[Tensor], tuple[float, Tensor]],
+    start: Tensor,
+    stop: float,
+    max_evaluations: int,
+    memory: int = 8,
+) -> tuple[Tensor, float, float, int]:
+    """Return the minimiser of a smooth convex function, its value, the norm of its gradient, and the evaluations."""
+    point, (value, gradient), evaluations = start, function(start), 1
+    pairs: list[tuple[Tensor, Tensor, float]] = []
+    noise = 8 * torch.finfo(start.dtype).eps
+    while (norm := gradient.norm().item()) > stop and evaluations < max_evaluations:
+        direction = _newton_like(gradient, pairs) if pairs else gradient / norm
+        descent, step = torch.dot(gradient.flatten(), direction.flatten()).item(), 1.0
+        while True:
+            following = point - step * direction
+            new_value, new_gradient = function(following)
+            evaluations += 1
+            if new_value <= value - 1e-4 * step * descent + noise * abs(value) or evaluations >= max_evaluations:
+                break
+            step /= 2
+            if step < 1e-3 and pairs:  # rounding has spoilt the memory: forget it and take the gradient
+                pairs, direction = [], gradient / norm
+                descent, step = norm, 1.0
+        moved, turned = following - point, new_gradient - gradient
+        curvature = torch.dot(moved.flatten(), turned.flatten()).item()
+        if curvature > 0:
+            pairs = [*pairs[1 - memory :], (moved, turned, 1 / curvature)]
+        point, value, gradient = following, new_value, new_gradient
+    return point, value, norm, evaluations
+
+
+def _newton_like(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """Return the inverse Hessian that the pairs (step, change of gradient, 1 / product) imply, times the gradient."""
+    direction, shares = gradient.clone(), []
+    for moved, turned, inverse in reversed(pairs):
+        shares.append(inverse * torch.dot(moved.flatten(), direction.flatten()).item())
+        direction.add_(turned, alpha=-shares[-1])
+    _, turned, inverse = pairs[-1]
+    direction.mul_(1 / (inverse * turned.square().sum().item()))
+    for (moved, turned, inverse), share in zip(pairs, reversed(shares), strict=True):
+        direction.add_(moved, alpha=share - inverse * torch.dot(turned.flatten(), direction.flatten()).item())
+    return direction
+
+
 def _loss_and_gradient(weight, features, zero_shot, hot, lam, strength, standardised, gradient):
     """Write the gradient of each head's loss into `gradient`; return the three losses of each head, `[B, 3]`.
 
@@ -180,7 +322,12 @@ def _loss_and_gradient(weight, features, zero_shot, hot, lam, strength, standard
 
         d loss / d a = (g - mean(g) - z sum(g z) / (C - 1)) / std,  g = d loss / d z.
     """
-    raw = torch.bmm(features, weight.transpose(1, 2))
+    heads, classes, width = weight.shape
+    together = len(features) == 1  # all heads see the same rows: one product instead of one per head
+    if together:
+        raw = (features[0] @ weight.view(-1, width).T).view(-1, heads, classes).transpose(0, 1)
+    else:
+        raw = torch.bmm(features, weight.transpose(1, 2))
     if standardised:
         std, mean = torch.std_mean(raw, dim=-1, keepdim=True)
         std = std.clamp_min(1e-4)  # a row of equal logits (zero initialisation) has no direction to be scaled along
@@ -197,23 +344,24 @@ def _loss_and_gradient(weight, features, zero_shot, hot, lam, strength, standard
     if standardised:
         along = (grad * bias).sum(-1, keepdim=True) / (bias.shape[-1] - 1)
         grad = (grad - grad.mean(-1, keepdim=True) - bias * along) / std
-    torch.bmm(grad.transpose(1, 2), features, out=gradient)
+    if together:
+        torch.mm(grad.permute(0, 2, 1).reshape(heads * classes, -1), features[0], out=gradient.view(-1, width))
+    else:
+        torch.bmm(grad.transpose(1, 2), features, out=gradient)
     share = lam[:, 0]
     return torch.stack([(1 - share) * auxiliary + share * fused, fused, auxiliary], dim=-1)
 
 
 def _adamw(weight, gradient, lrs, decays, eps):
-    """Return torch's fused AdamW over the heads of one buffer, grouped by learning rate and weight decay."""
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for head in range(len(weight)):
-        parameter = weight[head]
-        parameter.grad = gradient[head]
-        groups.setdefault((float(lrs[head]), float(decays[head])), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "lr": lr, "initial_lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()],
-        eps=eps,
-        fused=True,
-    )
+    """Return torch's fused AdamW over one buffer; neighbouring heads with the same settings are one parameter."""
+    groups, start = [], 0
+    for stop in range(1, len(weight) + 1):
+        if stop == len(weight) or (lrs[stop], decays[stop]) != (lrs[start], decays[start]):
+            parameter = weight[start:stop]
+            parameter.grad = gradient[start:stop]
+            groups.append({"params": [parameter], "lr": float(lrs[start]), "weight_decay": float(decays[start])})
+            start = stop
+    return torch.optim.AdamW(groups, eps=eps, fused=True)
 
 
 def _per_head(value: float | Sequence[float], heads: int, name: str) -> Float[Tensor, " B"]:

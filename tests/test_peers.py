@@ -6,7 +6,8 @@ import authors
 import pytest
 import torch
 
-from lib import caches, fusion, methods, peers, predictors, transductive
+from lib import caches, fusion, methods, peers, solved, transductive
+from lib.tasks import FewShotTask
 
 CLOSE = 1e-4  # relative to the spread of the reference
 
@@ -82,7 +83,7 @@ def test_similar_caches_are_cafos(task):
 
 def test_gda_agrees(task):
     theirs = authors.outputs("gda")
-    gda = predictors.GDA().fit(task)
+    gda = solved.GDA().fit(task)
     assert authors.error(gda.weight_.T, theirs["W"]) < CLOSE
     assert authors.error(gda.intercept_, theirs["b"]) < CLOSE
     bias = gda.logits(task.test)
@@ -235,7 +236,7 @@ def test_m_adapter_agrees_with_the_formula(monkeypatch, delta, gamma, key):
         x = inputs[f"img_{name}"][rows]
         return {"clip": x, "aux": x, "y": inputs[f"y_{name}"][rows]}
 
-    task = predictors.FewShotTask.from_arrays(
+    task = FewShotTask.from_arrays(
         text=inputs["text"], support=part("train", support), val=part("val"), test=part("test")
     )
     captions = staticmethod(lambda task: inputs["cap_train"][support])

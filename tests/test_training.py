@@ -3,8 +3,9 @@
 import authors
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
-from lib import fusion, training
+from lib import fusion, solved, training
 
 RUNS = {"lam035_none": (0.35, "none"), "lam035_moment": (0.35, "kurtosis"), "lam1_none": (1.0, "none")}
 
@@ -69,3 +70,56 @@ def test_rates_are_the_authors(task):
 def test_settings_of_another_length_are_refused(task):
     with pytest.raises(ValueError, match="lr has 2 values for 1 heads"):
         train(task, ["lam1_none"], authors.outputs("amu"), lr=[1e-3, 1e-2])
+
+
+@pytest.mark.parametrize("features", ["clip", "aux"])
+@pytest.mark.parametrize("inverse_penalty", [0.1, 10.0])
+def test_linear_probe_is_scikit_learns(task, features, inverse_penalty):
+    x, y = task.support.features(features).double().numpy(), task.support.y.numpy()
+    theirs = LogisticRegression(C=inverse_penalty, tol=1e-8, max_iter=5000).fit(x, y)
+    ours = solved.LinearProbe(features, inverse_penalty).fit(task)
+    assert authors.error(ours.weight_, torch.from_numpy(theirs.coef_).float()) < 1e-4
+    assert (ours.intercept_ - torch.from_numpy(theirs.intercept_).float()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
+def test_the_convex_optimum_has_no_gradient(task, lam, wide):
+    """Autograd on the formula, at the weights found; `wide` features take the way through the span of the support."""
+    generator = torch.Generator().manual_seed(0)
+    x = task.support.aux.double()
+    if wide:
+        x = torch.nn.functional.normalize(torch.cat([x, torch.rand(48, 100, generator=generator)], 1), dim=1)
+    s0, y = task.support.zero_shot.double(), task.support.y
+    strength = 2 * fusion.uncertainty(s0)
+    penalties = [1e-2, 1e-4, 1e-3]
+    found = training.solve_convex(x, s0, y, penalties, lam=lam, strength=strength, intercept=True, tolerance=1e-9)
+    for penalty, weight, intercept, loss in zip(
+        penalties, found.weight, found.intercept, found.losses.tolist(), strict=True
+    ):
+        weight, intercept = weight.clone().requires_grad_(), intercept.clone().requires_grad_()
+        a = x @ weight.T + intercept
+        cross_entropy = torch.nn.functional.cross_entropy
+        value = (1 - lam) * cross_entropy(a, y) + lam * cross_entropy(s0 + strength[:, None] * a, y)
+        value = value + penalty / 2 * weight.square().sum()
+        value.backward()
+        assert value.item() == pytest.approx(loss, rel=1e-6)
+        assert weight.grad.abs().max() < 1e-7
+        assert intercept.grad.abs().max() < 1e-7
+    assert (found.gradient_norms <= 1e-9).all()
+    assert found.weight[1].norm() > found.weight[2].norm() > found.weight[0].norm()
+
+
+def test_the_certificate_tells_what_was_not_reached(task):
+    support = task.support
+    found = training.solve_convex(support.aux, support.zero_shot, support.y, [1e-6], tolerance=1e-6, max_evaluations=5)
+    assert found.evaluations.item() == 5
+    assert found.gradient_norms.item() > 1e-6
+
+
+def test_a_path_ends_where_each_penalty_alone_does(task):
+    path = solved.ConvexHead.fit_many(task, [{"penalty": p, "tolerance": 1e-6} for p in (1e-4, 1e-2, 1e-3)])
+    for head in path:
+        alone = solved.ConvexHead(penalty=head.penalty, tolerance=1e-6).fit(task)
+        assert authors.error(head.logits(task.test), alone.logits(task.test)) < 1e-3
+        assert head.gradient_norm_ < 1e-5
