@@ -4,7 +4,8 @@ A bank's folder holds, while it grows, `shard-00012-SHA256.safetensors`: feature
 [m] of up to SHARD images, the file's own sha256 in its name. A shard is written under a temporary name, synced,
 then renamed, so that a file with a final name is whole; one whose content does not match its name is computed
 again. When no shard is missing they are joined into `features.safetensors`, and `manifest.json` is written last.
-Batches never cross shards: an interrupted run ends with the same bytes as an uninterrupted one.
+Batches never cross shards: on the same device and with the same batch size, an interrupted run ends with the same
+bytes as an uninterrupted one.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -177,7 +179,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     Raises:
         OSError: naming the file, for instance when the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(partial, "wb") as stream:
             write(stream)

@@ -179,9 +179,9 @@ def load_text(
     job = extraction.Job(encoder, folder, ingredients, fingerprint)
     found = extraction.read(job)
     if found is None:
-        model = backbones.load(encoder, device, precision)
-        x = torch.stack([_class_mean(model, group) for group in texts])
         with extraction.locked(job.folder):
+            model = backbones.load(encoder, device, precision)
+            x = torch.stack([_class_mean(model, group) for group in texts])
             extraction.write(job, x.shape, [torch.arange(len(x)), x], {"logit_scale": model.logit_scale})
         found = extraction.read(job)
     x, _, manifest = found

@@ -16,6 +16,7 @@ Names:
 import difflib
 import hashlib
 import json
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -264,6 +265,11 @@ def _hub_file(name: str, repository: str, filenames: Sequence[str], instead: str
     for filename in filenames:
         cached = try_to_load_from_cache(repository, filename)
         if isinstance(cached, str):
+            blob = Path(cached).resolve()
+            if re.fullmatch("[0-9a-f]{64}", blob.name) and file_hash(blob) != blob.name:
+                raise ValueError(
+                    f"{name}: the hub's copy {blob} is damaged (sha256 {file_hash(blob)[:12]}…); delete it"
+                )
             return Path(cached)
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
     say = (

@@ -165,12 +165,21 @@ def test_a_file_in_the_hubs_cache_needs_no_network(no_network, tmp_path, monkeyp
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
     (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "blobs").mkdir()
     net = timm.create_model("test_byobnet")
-    save_file(net.state_dict(), repository / "snapshots" / "abc" / "model.safetensors")
+    save_file(net.state_dict(), tmp_path / "made.safetensors")
+    blob = repository / "blobs" / backbones.file_hash(tmp_path / "made.safetensors")
+    (tmp_path / "made.safetensors").rename(blob)
+    (repository / "snapshots" / "abc" / "model.safetensors").symlink_to(blob)
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", constants.HF_HUB_CACHE)
     recipe = recipes.resolve("timm:test_byobnet.r160_in1k")
     assert recipe.weights == repository / "snapshots" / "abc" / "model.safetensors"
     assert backbones.load("timm:test_byobnet.r160_in1k", device="cpu").dim == net.num_features
+    data = bytearray(blob.read_bytes())
+    data[-9] ^= 2
+    blob.write_bytes(data)
+    with pytest.raises(ValueError, match=r"the hub's copy .* is damaged .*delete it"):
+        recipes.resolve("timm:test_byobnet.r160_in1k")
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------

@@ -73,8 +73,14 @@ def test_killed_at_random_moments_it_resumes_and_ends_with_the_same_bytes(tmp_pa
     own = f"folder:{write_folder(tmp_path / 'own', classes=4, images=60, splits=('test',))}"
     extract(own, tmp_path / "whole")
     moments, kills = random.Random(5), 0
+
+    def slowly():  # 60 batches of 20 ms: a run that is killed within 0.4 s cannot finish them alone
+        encode = backbones.Encoder.encode_images
+        backbones.Encoder.encode_images = lambda self, batch: time.sleep(0.02) or encode(self, batch)
+        extract(own, tmp_path / "broken")
+
     for _ in range(40):
-        child = FORK.Process(target=extract, args=(own, tmp_path / "broken"))
+        child = FORK.Process(target=slowly)
         child.start()
         child.join(moments.uniform(0.02, 0.4))
         if child.exitcode is None:
