@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 COLUMN = 3.5  # width of a paper's column in inches; figures are one or two of them wide
@@ -35,12 +36,12 @@ STYLES: dict[str, tuple[str, str]] = {
     "clip_adapter": ("#b58900", "<"),
     "taskres": ("#e69f00", ">"),
     "text_probe": ("#8c6d1f", "1"),
-    "cross_modal": ("#d9b44a", "2"),
+    "cross_modal": ("#b8902a", "2"),
     "gda": ("#7b3294", "P"),
-    "ape": ("#66c2a5", "*"),
+    "ape": ("#3fa58a", "*"),
     "lp_plus_plus": ("#4d4d4d", "X"),
     "clap": ("#cc79a7", "h"),
-    "proker": ("#a6bddb", "d"),
+    "proker": ("#4f86b8", "d"),
     "m_adapter": ("#1b9e77", "3"),
     "transclip": ("#9e5ea8", "4"),
 }
@@ -131,21 +132,36 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]], gap: floa
         gap: smallest distance of two names as a share of the axis' height.
     """
     low, high = ax.get_ylim()
-    places: list[float] = []
-    for name, (x, y, ink) in sorted(ends.items(), key=lambda item: item[1][1]):
-        place = max(y, places[-1] + gap * (high - low)) if places else y
-        places.append(place)
+    found = sorted(ends.items(), key=lambda item: item[1][1])
+    places = spread([(y - low) / (high - low) for _, (_, y, _) in found], gap)
+    for (name, (x, y, ink)), place in zip(found, places, strict=True):
         ax.annotate(
             name,
             (x, y),
-            xytext=(1.03, (place - low) / (high - low)),
+            xytext=(1.04, place),
             textcoords="axes fraction",
             color=ink,
             va="center",
             fontsize=7,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)},
         )
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Return places at least `gap` apart and inside [0, 1] where they fit, near the wanted ones, which must ascend."""
+    groups: list[tuple[float, int]] = []  # centre and size of runs of touching names
+    for place in wanted:
+        centre, size = place, 1
+        while True:
+            half = gap * (size - 1) / 2
+            centre = max(half, min(centre, 1 - half))
+            if not groups or centre - half >= groups[-1][0] + gap * (groups[-1][1] + 1) / 2 - 1e-9:
+                break
+            other, count = groups.pop()
+            centre, size = (centre * size + other * count) / (size + count), size + count
+        groups.append((centre, size))
+    return [centre + gap * (i - (size - 1) / 2) for centre, size in groups for i in range(size)]
 
 
 def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away: float = 6) -> None:
@@ -160,7 +176,8 @@ def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away:
     sides = [(1, 0, "left"), (-1, 0, "right"), (0, 1.4, "center"), (0, -1.4, "center"), (1, 1.4, "left")]
     sides += [(-1, 1.4, "right"), (1, -1.4, "left"), (-1, -1.4, "right"), (1, 2.8, "left"), (1, -2.8, "left")]
     for name, (x, y, ink) in points.items():
-        text = ax.annotate(name, (x, y), textcoords="offset points", va="center", color=ink, fontsize=7)
+        text = ax.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", color=ink, fontsize=7)
+        text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         boxes = []
         for right, up, align in sides:
             text.set(position=(right * away, up * away), ha=align)
@@ -182,15 +199,19 @@ def image_grid(axes: Sequence[Axes], images: Sequence[np.ndarray], titles: Seque
         ax.set_title(title, fontsize=6, loc="center", pad=2)
 
 
-def heat_map(ax: Axes, table: pd.DataFrame, form: str = "{:.1f}", signed: bool = False) -> None:
+def heat_map(
+    ax: Axes, table: pd.DataFrame, form: str = "{:.1f}", signed: bool = False, floor: float | None = None
+) -> None:
     """Draw a table as coloured cells with their numbers; light is more, cells without a number stay empty.
 
     Args:
+        floor: values below it share its colour, so that a few bad ones do not hide the differences of the rest.
         signed: the table holds losses and gains: white is 0, darker is further from it, and the sign is in the number.
     """
     values = table.to_numpy(dtype=float)
     limit = float(np.nanmax(np.abs(values))) or 1.0
-    shown = ax.imshow(values, aspect="auto", **({"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {}))
+    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {"vmin": floor}
+    shown = ax.imshow(values, aspect="auto", **look)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             dark = abs(value) > 0.6 * limit if signed else shown.norm(value) < 0.55
