@@ -6,12 +6,18 @@
 
 OUT = config.get("out", "runs")
 FIGURES = "--figures figures" if OUT == "runs" else ""
-GIVEN = " ".join(f"-p {name} {config[name]}" for name in ("dataset", "clip", "aux", "shots", "seeds") if name in config)
+SETTINGS = ({"datasets": config["dataset"]} if "dataset" in config else {}) | dict(config)  # the benchmark takes several
+PASSED = ("dataset", "datasets", "clip", "aux", "shots", "seeds")  # to every notebook that has a parameter of the name
+GIVEN = " ".join(f"-p {name} {SETTINGS[name]}" for name in PASSED if name in SETTINGS)
 LIBRARY = sorted(str(path) for path in Path("lib").glob("*.py") if path.name not in ("pretraining.py", "drawing.py"))
 FIRST = "00_extract_features"  # fills the feature cache, so that no two notebooks extract the same images
 NOTEBOOKS = [
     "01_state_the_logit_bias",
+    "02_compare_logit_features",
+    "03_compare_logit_predictors",
+    "04_compare_logit_fusions",
     "05_tune_amu",
+    "06_benchmark_methods",
 ]
 
 

@@ -3,12 +3,16 @@
 import pytest
 from conftest import ROOT
 
-from lib import runs
+from lib import fusion, methods, runs, tasks
 
 SMALL = {
     "00_extract_features": {"picture": 200},
     "01_state_the_logit_bias": {},
+    "02_compare_logit_features": {"shots": 4, "seeds": 2, "epochs": 8, "pairs": 2},
+    "03_compare_logit_predictors": {"dataset": "digits", "shots": 2, "seeds": 2, "epochs": 8},
+    "04_compare_logit_fusions": {"dataset": "digits", "shots": 4, "seeds": 2, "epochs": 8, "subsets": 1},
     "05_tune_amu": {"shots": 4, "seeds": 2, "epochs": 4},
+    "06_benchmark_methods": {"datasets": "digits", "shots": 2, "seeds": 2, "epochs": 8},
     "90_train_embedded_models": {"steps": 3},
 }
 
@@ -48,6 +52,57 @@ def test_01_state_the_logit_bias(record):
     assert metrics["published_rows"] == sum(1 for _ in open(ROOT / "data" / "published.csv")) - 1
 
 
+def test_02_compare_logit_features(record):
+    metrics = record("02_compare_logit_features")
+    encoders, itself = metrics["encoders"], "CLIP itself"
+    assert set(encoders) == {*tasks.EMBEDDED_AUX, itself}
+    assert encoders["embedded:random"]["SUP"] < encoders["embedded:supervised"]["SUP"]
+    assert all(0 <= row["CMY"] <= 2 for row in encoders.values())
+    assert min(encoders, key=lambda name: encoders[name]["CMY centred"]) == itself, "its own features agree with s0 most"
+    assert metrics["kept_joint"][itself] < metrics["kept_two_branches"][itself] < 1.05
+    assert all(lost >= 0 for lost in metrics["points_lost"].values())
+    assert all(-1 <= rho <= 1 for rho in metrics["rank_correlation"].values())
+    assert all(row[name] == pytest.approx(1) for name, row in metrics["cka"].items())
+
+
+def test_02_compare_logit_features_on_a_bank_of_real_features(record, caltech70):
+    metrics = record("02_compare_logit_features", dataset=f"features:{caltech70}", pairs=0)
+    encoders = metrics["encoders"]
+    assert metrics["zero_shot"] == pytest.approx(94.46, abs=0.01)
+    assert encoders["aux_inat_bird"]["SUP"] < 50 < 80 < encoders["aux_mobilenet_v2"]["SUP"]
+    assert metrics["kept_joint"]["aux_mobilenet_v2"] < 0.8, "the auxiliary branch starves, as in the paper"
+    assert metrics["repairs"]["aux_mobilenet_v2"]["points"] > 10
+
+
+def test_03_compare_logit_predictors(record):
+    metrics = record("03_compare_logit_predictors")
+    gain, learned = metrics["gain"], metrics["learned"]
+    assert set(gain["aux"]) < set(gain["clip"]) and len(gain["clip"]) == 16
+    assert max(gain["clip"].values()) > 3, "two digits of each class help on handwriting"
+    assert set(metrics["verdicts"]["aux"]) == set(gain["aux"]) - {"two-branch head"}
+    assert {said for part in metrics["verdicts"].values() for said in part.values()} <= {"better", "worse", "tie"}
+    assert learned["cache"] == 0 < learned["two-branch head"] < learned["MLP"]
+    assert set(metrics["published_order"]) == {"LP", "MLP", "cache, random init", "cache, feature init"}
+    assert all(value > 0 for value in metrics["gap"].values()), "the support is easier than the test images"
+    assert metrics["starved"]["mean"] > -5
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_04_compare_logit_fusions(record, request, real):
+    bank = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2"} if real else {}
+    metrics = record("04_compare_logit_fusions", **bank)
+    accuracy = metrics["accuracy"]
+    assert set(accuracy) == {*fusion.FUSIONS, "zero-shot"}
+    assert accuracy["zero-shot"] + 0.5 < accuracy["fixed"] <= metrics["either"]
+    assert accuracy["wise"] == pytest.approx(accuracy["fixed"], abs=0.1), "one family, two ways to write beta"
+    assert all(row["hindsight"] >= -1e-4 for row in metrics["weighted"].values()), "rho = 0 is among the choices"
+    assert min(metrics["optimism"].values()) >= 0
+    auroc = {name: row["errors"] for name, row in metrics["auroc"].items()}
+    assert auroc["entropy"] > 0.6 and auroc["std of probabilities"] < 0.4, "the released std is a confidence"
+    factor = metrics["one_hot_factor"]
+    assert [factor[n] for n in ("10", "100", "1000")] == pytest.approx([4.29, 1.47, 0.575], abs=0.005)
+
+
 def test_05_tune_amu(record):
     metrics = record("05_tune_amu")
     accuracy = metrics["accuracy"]
@@ -63,6 +118,30 @@ def test_05_tune_amu_on_a_bank_of_real_features(record, caltech70):
     accuracy = record("05_tune_amu", dataset=f"features:{caltech70}", aux="aux_mobilenet_v2")["accuracy"]
     assert accuracy["Zero-shot CLIP"]["4"]["mean"] == pytest.approx(94.46, abs=0.01)
     assert accuracy["AMU-Tuning"]["4"]["mean"] > 94.46
+
+
+def test_06_benchmark_methods(record):
+    metrics = record("06_benchmark_methods")
+    ours = metrics["accuracy"]["digits"]
+    assert set(ours) == set(methods.METHODS) == set(metrics["ranks"])
+    assert set(ours["amu"]) == {"1", "2"} and ours["zero_shot"]["1"] == ours["zero_shot"]["2"]
+    assert sum(metrics["ranks"].values()) == pytest.approx(len(ours) * (len(ours) + 1) / 2)
+    assert set(metrics["verdicts"].values()) == {"tie"}, "four blocks decide nothing"
+    assert sum(metrics["optimism"].values()) > 0 and metrics["agreeing_published_rows"] == 0
+    triples = metrics["triples"]
+    for goal, shares in metrics["shapley"].items():
+        if goal.startswith("AMU"):
+            whole = triples["aux|two-branch head|uncertain"] - triples["clip|LP|fixed"]
+            assert sum(shares.values()) == pytest.approx(whole)
+    assert {key.split("|")[2] for key in triples} == set(fusion.FUSIONS)
+
+
+def test_06_benchmark_on_a_bank_of_real_features(record, caltech70):
+    bank = f"features:{caltech70}"
+    metrics = record("06_benchmark_methods", datasets=bank, aux="aux_mobilenet_v2", shots=1, oracle_seeds=1)
+    ours = metrics["accuracy"]["caltech70"]
+    assert ours["zero_shot"]["1"] == pytest.approx(94.46, abs=0.01)
+    assert ours["clap"]["1"] > 94.46 and ours["aux_only"]["1"] < 90
 
 
 def test_90_train_embedded_models(record):
