@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 
 COLUMN = 3.5  # width of a paper's column in inches; figures are one or two of them wide
@@ -114,6 +115,14 @@ def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
         os.replace(partial, path)
         paths.append(path)
     return paths
+
+
+def plain_ticks(ax: Axes, x: Sequence[float] | None = None, y: Sequence[float] | None = None) -> None:
+    """Put ticks of a logarithmic axis where they are wanted and write them as plain numbers, without minor ones."""
+    for axis, values in ((ax.xaxis, x), (ax.yaxis, y)):
+        if values is not None:
+            axis.set_minor_locator(NullLocator())
+            axis.set_ticks(list(values), [f"{value:,g}" for value in values])
 
 
 def shots_axis(ax: Axes, shots: Sequence[int]) -> None:

@@ -169,6 +169,16 @@ def top_of_both(superiority: pd.Series, complementarity: pd.Series) -> str:
     return str(superiority[tied].idxmax())
 
 
+def middle_of_best(scores: Float[Tensor, "*b G"]) -> Int64[Tensor, "*b"]:
+    """Return the index of the best score of each row, of equals the middle one.
+
+    A few hundred validation images leave whole ranges of beta equal; the first of them would always be the smallest.
+    """
+    best = scores == scores.amax(dim=-1, keepdim=True)
+    middle = (best.sum(dim=-1, keepdim=True) + 1) // 2
+    return (best & (best.cumsum(dim=-1) == middle)).to(torch.uint8).argmax(dim=-1)
+
+
 def repaired_and_broken(
     zero_shot: Float[Tensor, "n C"], fused: Float[Tensor, "n C"], y: Int64[Tensor, " n"]
 ) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " b"]]:

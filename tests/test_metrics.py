@@ -85,6 +85,12 @@ def test_quantile_groups_are_equally_large_and_ordered():
     assert groups.tolist() == [2, 0, 2, 0, 1, 1]
 
 
+def test_middle_of_best():
+    scores = torch.tensor([[1.0, 2, 2, 2, 0], [3, 1, 3, 1, 1], [0, 0, 0, 0, 5]])
+    assert metrics.middle_of_best(scores).tolist() == [2, 0, 4]
+    assert metrics.middle_of_best(scores[0]).item() == 2
+
+
 def test_the_papers_rule_takes_what_is_high_in_both():
     superiority = pd.Series({"a": 0.9, "b": 0.8, "c": 0.3, "d": 0.1})
     assert metrics.top_of_both(superiority, pd.Series({"a": 0.1, "b": 0.7, "c": 0.8, "d": 0.9})) == "b"

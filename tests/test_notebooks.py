@@ -58,7 +58,7 @@ def test_02_compare_logit_features(record):
     assert set(encoders) == {*tasks.EMBEDDED_AUX, itself}
     assert encoders["embedded:random"]["SUP"] < encoders["embedded:supervised"]["SUP"]
     assert all(0 <= row["CMY"] <= 2 for row in encoders.values())
-    assert min(encoders, key=lambda name: encoders[name]["CMY centred"]) == itself, "its own features agree with s0 most"
+    assert min(encoders, key=lambda name: encoders[name]["CMY centred"]) == itself, "most like s0"
     assert metrics["kept_joint"][itself] < metrics["kept_two_branches"][itself] < 1.05
     assert all(lost >= 0 for lost in metrics["points_lost"].values())
     assert all(-1 <= rho <= 1 for rho in metrics["rank_correlation"].values())
@@ -66,10 +66,10 @@ def test_02_compare_logit_features(record):
 
 
 def test_02_compare_logit_features_on_a_bank_of_real_features(record, caltech70):
-    metrics = record("02_compare_logit_features", dataset=f"features:{caltech70}", pairs=0)
+    metrics = record("02_compare_logit_features", dataset=f"features:{caltech70}", shots=2, pairs=0)
     encoders = metrics["encoders"]
     assert metrics["zero_shot"] == pytest.approx(94.46, abs=0.01)
-    assert encoders["aux_inat_bird"]["SUP"] < 50 < 80 < encoders["aux_mobilenet_v2"]["SUP"]
+    assert encoders["aux_inat_bird"]["SUP"] < 50 < 70 < encoders["aux_mobilenet_v2"]["SUP"]
     assert metrics["kept_joint"]["aux_mobilenet_v2"] < 0.8, "the auxiliary branch starves, as in the paper"
     assert metrics["repairs"]["aux_mobilenet_v2"]["points"] > 10
 
@@ -89,7 +89,7 @@ def test_03_compare_logit_predictors(record):
 
 @pytest.mark.parametrize("real", [False, True])
 def test_04_compare_logit_fusions(record, request, real):
-    bank = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2"} if real else {}
+    bank = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2", "shots": 2} if real else {}
     metrics = record("04_compare_logit_fusions", **bank)
     accuracy = metrics["accuracy"]
     assert set(accuracy) == {*fusion.FUSIONS, "zero-shot"}
