@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 import pandas as pd
@@ -192,8 +192,20 @@ def cka(first: Float[Tensor, "n D"], second: Float[Tensor, "n E"]) -> float:
 
     ||X'Y||^2 / (||X'X|| ||Y'Y||), X and Y centred        (Kornblith et al., 2019)
     """
-    x, y = (v.double() - v.double().mean(dim=0) for v in (first, second))
-    return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+    return float(cka_table({"first": first, "second": second}).loc["first", "second"])
+
+
+def cka_table(spaces: Mapping[str, Float[Tensor, "n _"]]) -> pd.DataFrame:
+    """Return `cka` of each pair of features of the same images, every product computed once."""
+    centred = {name: v.double() - v.double().mean(dim=0) for name, v in spaces.items()}
+    products = {
+        pair: (centred[pair[0]].T @ centred[pair[1]]).norm() for pair in combinations_with_replacement(spaces, 2)
+    }
+    table = pd.DataFrame(index=list(spaces), columns=list(spaces), dtype=float)
+    for (one, other), product in products.items():
+        alike = product**2 / (products[one, one] * products[other, other])
+        table.loc[one, other] = table.loc[other, one] = alike.item()
+    return table
 
 
 def shapley(value: Callable[[frozenset[str]], float], players: Sequence[str]) -> dict[str, float]:

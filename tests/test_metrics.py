@@ -58,6 +58,8 @@ def test_cka_is_blind_to_rotation_and_scale():
     q = torch.linalg.qr(torch.randn(6, 6, generator=g)).Q
     assert metrics.cka(x, 5 * x @ q + 3) == pytest.approx(1)
     assert metrics.cka(x, other) < 0.1
+    table = metrics.cka_table({"x": x, "other": other})
+    assert table.loc["x", "other"] == table.loc["other", "x"] == metrics.cka(x, other) and table.loc["x", "x"] == 1
 
 
 def test_error_auroc_agrees_with_scikit_learn():

@@ -89,8 +89,10 @@ def test_03_compare_logit_predictors(record):
 
 @pytest.mark.parametrize("real", [False, True])
 def test_04_compare_logit_fusions(record, request, real):
-    bank = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2", "shots": 2} if real else {}
-    metrics = record("04_compare_logit_fusions", **bank)
+    given = {}
+    if real:
+        given = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2", "shots": 2}
+    metrics = record("04_compare_logit_fusions", **given)
     accuracy = metrics["accuracy"]
     assert set(accuracy) == {*fusion.FUSIONS, "zero-shot"}
     assert accuracy["zero-shot"] + 0.5 < accuracy["fixed"] <= metrics["either"]
