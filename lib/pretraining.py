@@ -39,14 +39,22 @@ from lib.objectives import (
 
 CLIP_NAME = "embedded-clip"  # the name of the open_clip configuration
 CLIP_CONFIG = Path(__file__).resolve().parents[1] / "data" / "embedded" / f"{CLIP_NAME}.json"
-VIT = {"img_size": 48, "patch_size": 6, "embed_dim": 128, "depth": 4, "num_heads": 4}
+VIT = {
+    "img_size": 48,
+    "patch_size": 6,
+    "embed_dim": 128,
+    "depth": 4,
+    "num_heads": 4,
+    "global_pool": "avg",
+    "fc_norm": False,
+}
 
 
 class Recipe(NamedTuple):
     """How an embedded encoder is made: its name in timm (or open_clip) and settings, what it is trained for and on."""
 
     architecture: str
-    settings: dict[str, int]
+    settings: dict[str, int | bool | str]
     objective: str
     schedule: Schedule
     images: int
@@ -245,8 +253,9 @@ def plan(name: str, steps: int = 0, images: int = 0) -> Recipe:
     recipe = RECIPES[name]
     if name == "random":
         return recipe
-    images = images or recipe.images
-    schedule = recipe.schedule._replace(steps=steps or recipe.schedule.steps, batch=min(recipe.schedule.batch, images))
+    steps = steps or recipe.schedule.steps
+    images = images or min(recipe.images, steps * recipe.schedule.batch)  # what is never drawn is not rendered
+    schedule = recipe.schedule._replace(steps=steps, batch=min(recipe.schedule.batch, images))
     return recipe._replace(schedule=schedule, images=images)
 
 
