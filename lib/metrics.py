@@ -333,7 +333,9 @@ def judge_fusions(
     test_bias: Float[Tensor, "n C"],
     betas: Sequence[float],
 ) -> pd.DataFrame:
-    """Judge one fitted bias under many fusion rules; each takes its beta from the held-out images, the first of equals.
+    """Judge one fitted bias under many fusion rules; each takes its beta from the held-out images.
+
+    A few held-out images leave many betas equal; the middle one of the best is taken, which favours no size of bias.
 
     Args:
         rules: functions of (zero_shot, bias, beta), of (zero_shot, bias), or `fusion.learned`, which learns its beta.
@@ -352,7 +354,8 @@ def judge_fusions(
             tried = (fusion.learn_beta(held.zero_shot, held_bias, held.y),) if rule is fusion.learned else tuple(betas)
             found = fusion.accuracy_over_beta(rule, held.zero_shot, held_bias, held.y, tried)
             score = max(found)
-            beta = tried[found.index(score)]
+            best = sorted(beta for beta, reached in zip(tried, found, strict=True) if reached == score)
+            beta = best[len(best) // 2]
             fused = rule(test.zero_shot, test_bias, beta=beta)
         hit = right(fused, test.y)
         rows.append({"fusion": name, "beta": beta, "held": score, "accuracy": hit.float().mean().item(), "right": hit})

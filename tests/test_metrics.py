@@ -151,6 +151,8 @@ def test_judging_fusions_takes_beta_from_the_held_out_images_alone(make_task):
         assert row["accuracy"] == metrics.accuracy(rules[name](test.zero_shot, bias[1], row["beta"]), test.y)
     assert found["held"]["fixed"] == max(metrics.accuracy(on.zero_shot + b * bias[0], on.y) for b in (0.0, 0.5, 1.0))
     assert found["accuracy"]["replace"] == metrics.accuracy(bias[1], test.y)
+    flat = metrics.judge_fusions({"fixed": fusion.fixed}, on, 0 * bias[0], test, bias[1], (1.0, 0.01, 5.0, 0.2, 9.0))
+    assert flat["beta"]["fixed"] == 1.0, "the middle of equals"
     relabelled = replace(test, y=(test.y + 1) % 4)
     again = metrics.judge_fusions(rules, on, bias[0], relabelled, bias[1], (1.0, 0.0, 0.5))
     assert again["beta"].dropna().tolist() == found["beta"].dropna().tolist()
