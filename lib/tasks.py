@@ -19,7 +19,7 @@ from lib import features
 
 LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
 PROTOCOLS = ("val", "fixed", "oracle")
-EMBEDDED_AUX = ("embedded:vicreg", "embedded:mae", "embedded:supervised", "embedded:random")
+EMBEDDED_AUX = tuple(f"embedded:{name}" for name in ("vicreg", "mae", "supervised", "supervised-colour", "random"))
 
 
 @dataclass(frozen=True)
