@@ -181,7 +181,10 @@ def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away:
         away: distance from the point in typographic points.
     """
     ax.figure.canvas.draw()
-    taken = [Bbox.from_bounds(*ax.transData.transform((x, y)) - 4, 8, 8) for x, y, _ in points.values()]
+    radius = 0.8 * away * ax.figure.dpi / 72
+    taken = [
+        Bbox.from_extents(*at - radius, *at + radius) for at in (ax.transData.transform(p[:2]) for p in points.values())
+    ]
     sides = [(1, 0, "left"), (-1, 0, "right"), (0, 1.4, "center"), (0, -1.4, "center"), (1, 1.4, "left")]
     sides += [(-1, 1.4, "right"), (1, -1.4, "left"), (-1, -1.4, "right"), (1, 2.8, "left"), (1, -2.8, "left")]
     for name, (x, y, ink) in points.items():

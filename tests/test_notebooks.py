@@ -8,7 +8,7 @@ from lib import fusion, runs, tasks
 SMALL = {
     "00_extract_features": {"picture": 200},
     "01_state_the_logit_bias": {},
-    "02_compare_logit_features": {"shots": 4, "seeds": 2, "epochs": 8, "pairs": 2},
+    "02_compare_logit_features": {"shots": 4, "seeds": 2, "epochs": 6, "pairs": 1},
     "03_compare_logit_predictors": {
         "dataset": "digits",
         "shots": 2,
