@@ -19,7 +19,7 @@ from lib import features
 
 LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
 PROTOCOLS = ("val", "fixed", "oracle")
-EMBEDDED_AUX = tuple(f"embedded:{name}" for name in ("vicreg", "mae", "supervised", "supervised-colour", "random"))
+EMBEDDED_AUX = tuple(f"embedded:{name}" for name in ("supervised", "vicreg", "mae", "supervised-colour", "random"))
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,14 @@ class FewShotTask:
 
 @dataclass(frozen=True)
 class Bank:
-    """All features of one data set under one CLIP and one auxiliary encoder, from which tasks are drawn."""
+    """All features of one data set under one CLIP and one auxiliary encoder, from which tasks are drawn.
+
+    `clip` and `aux` hold `train`, `val`, `test`, and, where they were asked for, `views` of shape [V, n, D].
+    """
 
     name: str
     clip: Mapping[str, features.Features]
-    aux: Mapping[str, Float[Tensor, "n Da"]]
+    aux: Mapping[str, Float[Tensor, "*views n Da"]]
     text: features.TextFeatures
     shot_index: Int64[Tensor, " n"] | None
     encoders: tuple[str, str]
@@ -166,24 +169,44 @@ def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, 
     return clips[0] if clip == "auto" else clip, tuple(known) if aux == "auto" else tuple(aux.split("+"))
 
 
-def load_bank(dataset: str, clip: str = "auto", aux: str = "auto", **extraction: object) -> Bank:
+def load_bank(
+    dataset: str,
+    clip: str = "auto",
+    aux: str = "auto",
+    *,
+    templates: str = "auto",
+    views: int = 0,
+    device: str = "auto",
+    precision: str = "fp32",
+    **extraction: object,
+) -> Bank:
     """Load (or extract once) the features of a data set.
 
     Args:
         dataset: a name that `datasets.load` knows, or `features:PATH`.
         clip: a CLIP encoder by name, or `auto`, see `encoders`.
         aux: an auxiliary encoder by name, several joined by `+` (unit rows side by side), or `auto` for the first.
-        extraction: passed on to `features.load_many` (device, precision, batch_size, ...).
+        templates: `auto` for the data set's own prompts; else `7`, `80` or a file, see `datasets.prompts`.
+        views: random crops and flips of each training image, which heads are then trained on; 0 for none.
+        device, precision, extraction: passed on to `features.load_many` (batch_size, num_workers, ...).
     """
+    if views == 1 or views < 0:
+        raise ValueError(f"views is 0 (plain images) or at least 2 random crops, not {views}")
     clip, auxiliaries = encoders(dataset, clip, aux)
     if aux == "auto":
         auxiliaries = auxiliaries[:1]
-    text = features.load_text(dataset, clip)
+    options = {} if dataset.startswith("features:") else {"device": device, "precision": precision} | extraction
+    prompts = None if templates == "auto" else templates
+    text = features.load_text(
+        dataset, clip, prompts, **({k: options[k] for k in ("device", "precision") if k in options})
+    )
     clip_parts, aux_parts, prints = {}, {}, {"text": text.fingerprint}
-    for part in ("train", "val", "test"):
-        first, *rest = features.load_many(dataset, part, [clip, *auxiliaries], **extraction)  # one decoding pass
+    for part in ("train", "val", "test", *(["views"] if views else [])):
+        shown = {"views": views} if part == "views" else {}
+        split = "train" if part == "views" else part
+        first, *rest = features.load_many(dataset, split, [clip, *auxiliaries], **options, **shown)  # one decoding pass
         clip_parts[part] = first
-        aux_parts[part] = torch.cat([F.normalize(f.x, dim=1) for f in rest], dim=1)
+        aux_parts[part] = torch.cat([F.normalize(f.x, dim=-1) for f in rest], dim=-1)
         prints |= {f"{part}/{f.backbone}": f.fingerprint for f in (first, *rest)}
     index = features.bank_shot_index(dataset) if dataset.startswith("features:") else None
     return Bank(dataset, clip_parts, aux_parts, text, index, (clip, "+".join(auxiliaries)), prints)
@@ -230,6 +253,10 @@ def sample(bank: Bank, shots: int, seed: int, val_shots: int = 4) -> FewShotTask
         classnames=bank.text.classnames,
         seed=seed,
         name=bank.name,
+        views=[
+            {"clip": clip[chosen], "aux": aux[chosen], "y": train.y[chosen]}
+            for clip, aux in (zip(bank.clip["views"].x, bank.aux["views"], strict=True) if "views" in bank.clip else ())
+        ],
     )
 
 

@@ -100,3 +100,20 @@ def test_two_auxiliary_encoders_stand_side_by_side(caltech70, bank):
     both = tasks.load_bank(f"features:{caltech70}", aux="aux_mobilenet_v1+aux_mobilenet_v2")
     assert both.aux["test"].shape[1] == 1024 + 1280
     assert len(both.fingerprints) == 1 + 3 * 3
+
+
+def test_augmented_views_reach_the_head():
+    views = tasks.load_bank("digits", aux="embedded:random", views=2)
+    task = tasks.sample(views, 2, seed=1)
+    assert len(task.views) == 2 and not torch.allclose(task.views[0].aux, task.views[1].aux)
+    assert torch.equal(task.views[0].y, task.support.y)
+    plain = tasks.sample(tasks.load_bank("digits", aux="embedded:random"), 2, seed=1)
+    assert torch.equal(plain.support.aux, task.support.aux) and plain.views == ()
+    with pytest.raises(ValueError, match="at least 2 random crops, not 1"):
+        tasks.load_bank("digits", views=1)
+
+
+def test_prompts_can_be_chosen(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("the digit {}.\n")
+    assert tasks.load_bank("digits", templates=str(path)).text.templates == ("the digit {}.",)
