@@ -340,10 +340,12 @@ def shipped() -> dict[str, dict[str, object]]:
 
 
 def write_index(entries: dict[str, dict[str, object]], folder: Path) -> None:
-    """Write `folder`/index.json, in one step so that no reader meets half of it."""
-    temporary = folder / "index.json.part"
-    temporary.write_text(json.dumps(entries, indent=2) + "\n")
-    temporary.replace(folder / "index.json")
+    """Write `folder`/index.json in one step; encoders that are there and were not trained again stay in it."""
+    path, temporary = folder / "index.json", folder / "index.json.part"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    merged = {name: (known | entries)[name] for name in RECIPES if name in known | entries}
+    temporary.write_text(json.dumps(merged, indent=2) + "\n")
+    temporary.replace(path)
 
 
 @torch.inference_mode()

@@ -106,6 +106,13 @@ def test_weights_survive_the_disk_and_half_precision(tmp_path, images):
     assert similarity.min() > 0.999
 
 
+def test_what_is_not_trained_again_stays_in_the_index(tmp_path):
+    pretraining.write_index({"random": {"seed": 0}, "clip": {"seed": 0}}, tmp_path)
+    pretraining.write_index({"clip": {"seed": 1}}, tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert list(index) == ["clip", "random"] and index["clip"]["seed"] == 1 and index["random"]["seed"] == 0
+
+
 def test_supervised_labels_are_texture_or_colours_and_never_shape():
     images, labels = pretraining.labelled("supervised", 200, 0)
     assert labels.shape == (len(images), 1) and labels.unique().tolist() == list(range(6))

@@ -12,8 +12,11 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-ORDER = """drawing world images sources datasets recipes backbones objectives pretraining banks extraction imports features
-tasks fusion training predictors caches peers transductive methods scores metrics figures runs __main__""".split()
+ORDER = [
+    "drawing", "world", "images", "sources", "datasets", "recipes", "backbones", "objectives", "pretraining", "banks",
+    "extraction", "imports", "features", "tasks", "fusion", "training", "predictors", "solved", "caches", "peers",
+    "transductive", "methods", "scores", "metrics", "figures", "runs", "__main__",
+]
 
 
 def tracked() -> list[str]:
