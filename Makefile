@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lab bench book clean
+.PHONY: run test lab clean
 .DEFAULT_GOAL := run
 
 $(BIN)/ready: requirements.lock pyproject.toml
