@@ -208,7 +208,7 @@ def image_grid(axes: Sequence[Axes], images: Sequence[np.ndarray], titles: Seque
         ax.axis("off")
     for ax, image, title in zip(axes, images, titles, strict=False):
         ax.imshow(image, interpolation="nearest")
-        ax.set_title(title, fontsize=6, loc="center", pad=2)
+        ax.set_title(title, fontsize=5.2, loc="center", pad=2)
 
 
 def heat_map(
