@@ -3,7 +3,8 @@
 A bank is a folder, named `features:PATH`:
 
     meta.json                 name (str), class_names (list of str); optional: sha256 (file name to hash of the
-                              file), text.logit_scale, text.prompt, and whatever else tells where it comes from
+                              file), backbones (a mapping whose order is the encoders'), text.logit_scale,
+                              text.prompt, and whatever else tells where it comes from
     clip_NAME.safetensors     one tensor per split (train, val, test), [n, D]; float16, float32 or uint8
     aux_NAME.safetensors      the same rows under an auxiliary encoder, [n, Da]
     labels.safetensors        one int64 tensor per split, [n], in [0, number of class names); optional:
@@ -62,13 +63,18 @@ def meta(name: str) -> dict[str, Any]:
 
 
 def encoders(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the CLIP files and of the auxiliary files, sorted.
+    """Return the names of the CLIP files and of the auxiliary files.
+
+    Those that meta.json lists under `backbones` come first and in its order, the rest by name.
 
     Raises:
         ValueError: there is no CLIP file.
     """
     path = folder(name)
-    clip, aux = (tuple(sorted(p.stem for p in path.glob(f"{kind}*.safetensors"))) for kind in ("clip", "aux"))
+    listed = list(meta(name).get("backbones", ()))
+    found = sorted(p.stem for p in path.glob("*.safetensors"))
+    found.sort(key=lambda stem: listed.index(stem) if stem in listed else len(listed))
+    clip, aux = (tuple(stem for stem in found if stem.startswith(kind)) for kind in ("clip", "aux"))
     if not clip:
         raise ValueError(f"{name}: no file clip*.safetensors")
     return clip, aux

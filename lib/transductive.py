@@ -150,6 +150,7 @@ class TransCLIP(Predictor):
                 mean = normalize(weights.T @ rows, dim=1)
                 squares = weights.sum(1) @ rows.square() - 2 * (mean * (weights.T @ rows)).sum(0)
                 variance = (squares + weights.sum(0) @ mean.square()) / weights.sum()
+                variance = variance.clamp_min(1e-12)  # a channel that never varies tells no classes apart
         return log_z
 
     def _neighbours(
