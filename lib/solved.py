@@ -52,7 +52,7 @@ class LinearProbe(Predictor):
     def _fit_path(task: FewShotTask, probes: Sequence[LinearProbe]) -> None:
         x, support = task.support.features(probes[0].features).double(), task.support
         penalties = [1 / (probe.inverse_penalty * len(x)) for probe in probes]
-        solved = training.solve_convex(x, support.zero_shot, support.y, penalties, intercept=True, tolerance=1e-5)
+        solved = training.solve_convex(x, support.zero_shot, support.y, penalties, intercept=True, tolerance=1e-6)
         for i, probe in enumerate(probes):
             probe.weight_, probe.intercept_ = solved.weight[i].float(), solved.intercept[i].float()
             probe.gradient_norm_ = solved.gradient_norms[i].item()
