@@ -317,38 +317,33 @@ def accuracy_over_beta(
 ) -> list[float]:
     """Return the accuracy in [0, 1] of `rule(zero_shot, bias, beta=...)` at each beta, as a loop over them would.
 
-    Along a rule that is linear in beta, the lead of the true class y over class c is a line, d_c + beta e_c, and the
-    image is right where all its lines are above 0: on one interval of beta, from the largest root of a rising line to
-    the smallest root of a falling one. So one pass over the classes serves any number of betas. Where a lead is
-    within rounding of 0 for some image, that beta is evaluated in the plain way.
+    Along a rule that is linear in beta, each logit of an image is a line, so a class wins on one interval of beta: who
+    wins at both ends of the range wins throughout. Only images whose winner changes, a few, are followed in between,
+    all betas at once. Where one of them is within rounding of a tie, that beta is evaluated in the plain way.
     """
     plain = rule.func if isinstance(rule, partial) else rule
     if len(betas) < 4 or plain not in LINEAR_IN_BETA:
         return [accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    first, last = (rule(zero_shot, bias, beta=end).argmax(1) for end in (min(betas), max(betas)))
+    changing = torch.nonzero(first != last)[:, 0]
+    settled = int(((first == last) & (first == y)).sum())
     far = 1024.0  # a power of two, so that dividing by it rounds nothing
-    direction = (rule(zero_shot, bias, beta=far) - zero_shot) / far
-    lead, slope = (v.gather(1, y[:, None]) - v for v in (zero_shot, direction))
-    rounding = 8 * torch.finfo(zero_shot.dtype).eps
-    size, growth = (rounding * v.abs().amax(1, keepdim=True) for v in (zero_shot, direction))
-    growth = growth + size / far
-    at = torch.tensor(betas, dtype=zero_shot.dtype)[:, None]
-    surely, maybe = (_all_positive(lead + sign * size, slope + sign * growth, y, at) for sign in (-1, 1))
-    right = surely.sum(1)
-    for index in torch.nonzero((surely != maybe).any(1))[:, 0].tolist():
-        right[index] = (rule(zero_shot, bias, beta=betas[index]).argmax(1) == y).sum()
-    return (right / len(y)).tolist()
-
-
-def _all_positive(
-    start: Float[Tensor, "n C"], slope: Float[Tensor, "n C"], y: Int64[Tensor, " n"], at: Float[Tensor, "G 1"]
-) -> Tensor:
-    """Tell where all lines of a row but that of class y are above 0, `[G, n]`."""
-    flat = torch.finfo(slope.dtype).tiny
-    slope = torch.where(slope == 0, flat, slope)
-    root = (-start / slope).scatter(1, y[:, None], torch.nan)
-    low = torch.where((slope > 0) & ~root.isnan(), root, -torch.inf).amax(1)
-    high = torch.where((slope < 0) & ~root.isnan(), root, torch.inf).amin(1)
-    return (at > low) & (at < high)
+    start, truth = zero_shot[changing], y[changing, None]
+    direction = (rule(zero_shot, bias, beta=far)[changing] - start) / far
+    rivals = start.scatter(1, truth, -torch.inf)
+    start_y, direction_y = start.gather(1, truth), direction.gather(1, truth)
+    noise = 8 * torch.finfo(start.dtype).eps
+    size, growth = (noise * v.abs().amax(1) for v in (start, direction))
+    found = []
+    at = torch.tensor(betas, dtype=start.dtype)[:, None, None]
+    for part in at.split(max(1, 2**22 // max(1, start.numel()))):
+        ahead = (start_y + part * direction_y)[..., 0] - (rivals + part * direction).amax(2)
+        unsure = (ahead.abs() <= size + part[..., 0].abs() * growth).any(1)
+        shares = ((settled + (ahead > 0).sum(1)) / len(y)).tolist()
+        for share, plainly in zip(shares, unsure.tolist(), strict=True):
+            beta = betas[len(found)]
+            found.append(accuracy(rule(zero_shot, bias, beta=beta), y) if plainly else share)
+    return found
 
 
 def _refuse_non_finite(zero_shot: Tensor, bias: Tensor) -> None:
@@ -356,8 +351,9 @@ def _refuse_non_finite(zero_shot: Tensor, bias: Tensor) -> None:
     if zero_shot.shape != bias.shape:
         raise ValueError(f"zero-shot logits are {list(zero_shot.shape)}, bias logits {list(bias.shape)}")
     for name, logits in (("zero-shot", zero_shot), ("bias", bias)):
-        if not torch.isfinite(logits).all():
-            bad = int((~torch.isfinite(logits).all(dim=-1)).sum())
+        if torch.isfinite(logits.sum()):  # one pass; a sum that overflows is looked at again
+            continue
+        if bad := int((~torch.isfinite(logits).all(dim=-1)).sum()):
             raise ValueError(f"{bad} of {len(logits)} rows of the {name} logits hold NaN or infinite values")
 
 

@@ -138,6 +138,22 @@ def test_a_grid_is_the_loop_over_it(name, make_task):
         assert close(logits, other.logits(task.val), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["cache", "trained_cache", "similar_caches", "ape"])
+def test_a_fine_grid_is_interpolated_to_rounding(name, make_task):
+    task = make_task()
+    gammas = (0.1, 0.8) if name == "ape" else (None,)
+    grid = [
+        {"sharpness": sharpness} | ({"gamma": gamma} if gamma else {})
+        for sharpness in [1.0, *torch.linspace(0.1, 12, 90).tolist()]
+        for gamma in gammas
+    ]
+    predictor = build(name).fit(task)
+    for setting, logits in zip(grid, predictor.logits_grid(task.val, grid), strict=True):
+        one = next(predictor.logits_grid(task.val, [setting]))
+        assert close(logits, one, 1e-5)
+        assert torch.equal(logits.argmax(1), one.argmax(1))
+
+
 def test_one_class_text_more_or_less_is_no_trouble(make_task):
     for classes in (2, 3):
         task = make_task(classes=classes, shots=1, n_val=6, n_test=6)
