@@ -210,7 +210,7 @@ def read_records(folder: Path) -> list[dict]:
 
 def write_json(path: Path, value: object) -> Path:
     """Write JSON so that the file is either the old one or the whole new one; NaN is refused."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    text = json.dumps(value, indent=1, allow_nan=False)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(partial, "w") as file:
         file.write(text + "\n")
