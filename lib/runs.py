@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -149,6 +150,7 @@ def start(notebook: str, namespace: Mapping[str, object]) -> Run:
         if source.startswith("# Parameters"):  # the cell that papermill injects
             given |= {t.id: namespace[t.id] for line in ast.parse(source).body for t in getattr(line, "targets", [])}
     parameters = check_parameters(notebook, given)
+    warnings.filterwarnings("ignore", "IProgress not found")  # progress is plain text here, widgets are not wanted
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(os.environ.get("LOGIT_BIAS_RUN") or ROOT / "runs" / "by-hand" / f"{notebook}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
