@@ -64,11 +64,6 @@ def brier(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> float:
     return (logits.softmax(1) - hot).pow(2).sum(1).mean().item()
 
 
-def negative_log_likelihood(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> float:
-    """Return the mean of -log p(label), in nats."""
-    return torch.nn.functional.cross_entropy(logits, y).item()
-
-
 def reliability(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"], bins: int = 15) -> pd.DataFrame:
     """Return confidence, accuracy and count in equal-width bins of the largest probability; empty bins are left out."""
     sure = logits.softmax(1).amax(1).double().numpy()

@@ -140,7 +140,7 @@ class MultiBranchHead(Predictor):
 
     def accuracy(self, split: Split, weight: Float[Tensor, "C D"]) -> float:
         """Return the share of images, in [0, 1], that the fused branch gets right under the given weights."""
-        return (self.branches(split, weight)[1].argmax(1) == split.y).float().mean().item()
+        return fusion.accuracy(self.branches(split, weight)[1], split.y)
 
     @staticmethod
     def _fit_together(task: FewShotTask, heads: Sequence[MultiBranchHead]) -> None:
