@@ -152,9 +152,9 @@ class MultiBranchHead(Predictor):
             head.weight_ = initial_weight(task, head.features, head.init)
             head.epoch_weights_ = []
 
-        def keep(epoch: int, weight: Float[Tensor, "B C D"]) -> None:
-            for i, head in enumerate(heads):
-                head.epoch_weights_.append(weight[i].clone())
+        def keep(epoch: int, group: slice, weight: Float[Tensor, "b C D"]) -> None:
+            for head, now in zip(heads[group], weight, strict=True):
+                head.epoch_weights_.append(now.clone())
 
         following = any(head.keep_epochs or (head.select_epoch and task.val is not None) for head in heads)
         trained = training.train_heads(

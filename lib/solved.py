@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import fusion, training
+from lib import convex, fusion, training
 from lib.predictors import Predictor
 from lib.tasks import FewShotTask, Split
 
@@ -52,7 +52,7 @@ class LinearProbe(Predictor):
     def _fit_path(task: FewShotTask, probes: Sequence[LinearProbe]) -> None:
         x, support = task.support.features(probes[0].features).double(), task.support
         penalties = [1 / (probe.inverse_penalty * len(x)) for probe in probes]
-        solved = training.solve_convex(x, support.zero_shot, support.y, penalties, intercept=True, tolerance=1e-6)
+        solved = convex.solve_path(x, support.zero_shot, support.y, penalties, intercept=True, tolerance=1e-6)
         for i, probe in enumerate(probes):
             probe.weight_, probe.intercept_ = solved.weight[i].float(), solved.intercept[i].float()
             probe.gradient_norm_ = solved.gradient_norms[i].item()
@@ -110,7 +110,7 @@ class ConvexHead(Predictor):
     def _fit_path(task: FewShotTask, heads: Sequence[ConvexHead]) -> None:
         one, support = heads[0], task.support
         factor = fusion.uncertainty(support.zero_shot, one.confidence, one.rho, one.on, one.constant)
-        solved = training.solve_convex(
+        solved = convex.solve_path(
             support.features(one.features),
             support.zero_shot,
             support.y,

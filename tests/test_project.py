@@ -13,9 +13,34 @@ from packaging.requirements import Requirement
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ORDER = [
-    "drawing", "world", "images", "sources", "datasets", "recipes", "backbones", "objectives", "pretraining", "banks",
-    "extraction", "imports", "features", "tasks", "fusion", "training", "predictors", "solved", "caches", "peers",
-    "transductive", "methods", "scores", "metrics", "figures", "runs", "__main__",
+    "drawing",
+    "world",
+    "images",
+    "sources",
+    "datasets",
+    "recipes",
+    "backbones",
+    "objectives",
+    "pretraining",
+    "banks",
+    "extraction",
+    "imports",
+    "features",
+    "tasks",
+    "fusion",
+    "training",
+    "convex",
+    "predictors",
+    "solved",
+    "caches",
+    "peers",
+    "transductive",
+    "methods",
+    "scores",
+    "metrics",
+    "figures",
+    "runs",
+    "__main__",
 ]
 
 

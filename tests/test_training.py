@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from lib import fusion, solved, training
+from lib import convex, fusion, solved, training
 
 RUNS = {"lam035_none": (0.35, "none"), "lam035_moment": (0.35, "kurtosis"), "lam1_none": (1.0, "none")}
 
@@ -48,7 +48,7 @@ def test_heads_follow_the_authors_trajectories(task, together):
     groups = [list(RUNS)] if together else [[name] for name in RUNS]
     for names in groups:
         epochs = []
-        heads = train(task, names, theirs, on_epoch=lambda epoch, weight: epochs.append(weight.clone()))  # noqa: B023
+        heads = train(task, names, theirs, on_epoch=lambda epoch, group, weight: epochs.append(weight.clone()))  # noqa: B023
         for head, name in enumerate(names):
             key = f"train/{name}"
             assert (heads.weight[head] - theirs[f"{key}/weight_final"]).abs().max() < 1e-5
@@ -67,6 +67,39 @@ def test_rates_are_the_authors(task):
     assert authors.error(training.warmed_cosine(2e-3, 10, 3), taskres["train/lr"]) < 1e-5
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_groups_and_threads_change_nothing(task, threads, monkeypatch):
+    """Five heads that differ in everything a head can differ in, one by one and in groups of two."""
+    generator = torch.Generator().manual_seed(0)
+    x, n = torch.stack([task.support.aux, task.support.aux.flip(1)]), len(task.support)
+    start = torch.rand(5, 12, x.shape[2], generator=generator) / 10
+    orders = torch.stack([training.epoch_orders(n, 3, generator) for _ in range(5)])
+    picks = torch.randint(2, orders.shape, generator=generator)
+    factor = torch.rand(5, 2, n, generator=generator)
+    own = {"lr": [1e-3, 1e-3, 2e-3, 1e-2, 1e-4], "lam": [0.1, 0.5, 0.9, 0.0, 1.0], "beta": [1.0, 2.0, 5.0, 0.5, 1.0]}
+    common = {"batch_size": 7, "weight_decay": 0.1, "standardised": True}
+
+    def fit(which):
+        settings = {name: values[which] for name, values in own.items()} | common
+        parts = (start[which], orders[which])
+        scores = task.support.zero_shot.expand(2, -1, -1)
+        return training.train_heads(
+            x, scores, task.support.y, *parts, factor=factor[which], picks=picks[which], **settings
+        )
+
+    alone = [fit(slice(i, i + 1)) for i in range(5)]
+    monkeypatch.setattr(training, "CACHE_BYTES", 2 * 16 * start[0].numel())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = fit(slice(0, 5))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert (together.weight - torch.cat([heads.weight for heads in alone])).abs().max() < 1e-6
+    assert (together.losses - torch.cat([heads.losses for heads in alone])).abs().max() < 1e-5
+
+
 def test_settings_of_another_length_are_refused(task):
     with pytest.raises(ValueError, match="lr has 2 values for 1 heads"):
         train(task, ["lam1_none"], authors.outputs("amu"), lr=[1e-3, 1e-2])
@@ -82,18 +115,17 @@ def test_linear_probe_is_scikit_learns(task, features, inverse_penalty):
     assert (ours.intercept_ - torch.from_numpy(theirs.intercept_).float()).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("width", [20, 48, 148])
 @pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
-def test_the_convex_optimum_has_no_gradient(task, lam, wide):
-    """Autograd on the formula, at the weights found; `wide` features take the way through the span of the support."""
+def test_the_convex_optimum_has_no_gradient(task, lam, width):
+    """Autograd on the formula, at the weights found; 48 rows are many for 20 dimensions, and few for the others."""
     generator = torch.Generator().manual_seed(0)
-    x = task.support.aux.double()
-    if wide:
-        x = torch.nn.functional.normalize(torch.cat([x, torch.rand(48, 100, generator=generator)], 1), dim=1)
+    x = torch.cat([task.support.aux.double(), torch.rand(48, 100, generator=generator)], 1)[:, :width]
+    x = torch.nn.functional.normalize(x, dim=1)
     s0, y = task.support.zero_shot.double(), task.support.y
     strength = 2 * fusion.uncertainty(s0)
     penalties = [1e-2, 1e-4, 1e-3]
-    found = training.solve_convex(x, s0, y, penalties, lam=lam, strength=strength, intercept=True, tolerance=1e-9)
+    found = convex.solve_path(x, s0, y, penalties, lam=lam, strength=strength, intercept=True, tolerance=1e-9)
     for penalty, weight, intercept, loss in zip(
         penalties, found.weight, found.intercept, found.losses.tolist(), strict=True
     ):
@@ -112,7 +144,7 @@ def test_the_convex_optimum_has_no_gradient(task, lam, wide):
 
 def test_the_certificate_tells_what_was_not_reached(task):
     support = task.support
-    found = training.solve_convex(support.aux, support.zero_shot, support.y, [1e-6], tolerance=1e-6, max_evaluations=5)
+    found = convex.solve_path(support.aux, support.zero_shot, support.y, [1e-6], tolerance=1e-6, max_evaluations=5)
     assert found.evaluations.item() == 5
     assert found.gradient_norms.item() > 1e-6
 
