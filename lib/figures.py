@@ -48,7 +48,7 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 # A predictor looks like the method that made it known.
 STYLES |= {"head": STYLES["amu"], "cache": STYLES["tip_adapter"], "trained_cache": STYLES["tip_adapter_f"]}
-STYLES |= {"mlp": ("#5d4037", "H")}
+STYLES |= {"convex_head": STYLES["amu_convex"], "mlp": ("#5d4037", "H")}
 
 ENCODER_INKS = ("#0072b2", "#009e73", "#d55e00", "#000000", "#b58900", "#7b3294", "#56b4e9", "#cc79a7")
 ENCODER_MARKERS = "osD^vPXp"

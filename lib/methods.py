@@ -297,7 +297,8 @@ class Method:
         """Yield every setting of the grid with its accuracy; a bias is computed once for all fusions, and all betas
         of a fusion are judged together.
         """
-        inner = {name: options for name, options in grid.items() if name in _defaults(self.entry.predictor)}
+        after = set(_defaults(self.entry.predictor)) - set(_defaults(self.entry.fusion))
+        inner = {name: options for name, options in grid.items() if name in after}
         outer = {name: options for name, options in grid.items() if name not in inner and name != "beta"}
         settings = list(_settings(inner))
         for setting, bias in zip(settings, predictor.logits_grid(val, settings), strict=True):

@@ -151,12 +151,19 @@ class MultiBranchHead(Predictor):
         for head in heads:
             head.weight_ = initial_weight(task, head.features, head.init)
             head.epoch_weights_ = []
+        best = {}
 
-        def keep(epoch: int, group: slice, weight: Float[Tensor, "b C D"]) -> None:
+        def keep(group: slice, weight: Float[Tensor, "b C D"]) -> None:
             for head, now in zip(heads[group], weight, strict=True):
-                head.epoch_weights_.append(now.clone())
+                if head.keep_epochs:
+                    head.epoch_weights_.append(now.clone())
+                if head.select_epoch and task.val is not None:
+                    accuracy = head.accuracy(task.val, now)
+                    if accuracy > best.get(head, (-1.0, None))[0]:
+                        best[head] = (accuracy, now.clone())
 
-        following = any(head.keep_epochs or (head.select_epoch and task.val is not None) for head in heads)
+        steps_per_epoch = math.ceil(len(task.support) / first.batch_size)
+        following = any(head.keep_epochs or head.select_epoch for head in heads)
         trained = training.train_heads(
             torch.stack([view.features(first.features) for view in views]),
             torch.stack([view.zero_shot for view in views]),
@@ -171,14 +178,11 @@ class MultiBranchHead(Predictor):
             standardised=first.standardised,
             batch_size=first.batch_size,
             picks=picks.expand(len(heads), -1, -1) if len(views) > 1 else None,
-            on_epoch=keep if following else None,
+            watched=range(steps_per_epoch, steps_per_epoch * first.epochs + 1, steps_per_epoch) if following else (),
+            watch=keep,
         )
         for i, head in enumerate(heads):
-            head.losses_, head.weight_ = trained.losses[i], trained.weight[i]
-            if head.select_epoch and task.val is not None:
-                head.weight_ = max(head.epoch_weights_, key=lambda weight: head.accuracy(task.val, weight))
-            if not head.keep_epochs:
-                head.epoch_weights_ = []
+            head.losses_, head.weight_ = trained.losses[i], best.get(head, (1.0, trained.weight[i]))[1]
 
     def _factor(self, split: Split) -> Float[Tensor, " n"]:
         return fusion.uncertainty(split.zero_shot, self.confidence, self.rho, self.on, self.constant)

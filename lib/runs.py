@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 VERSIONED = ("torch", "open_clip_torch", "timm", "numpy", "scikit-learn", "papermill")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+SMALL = 2**21  # zero-shot logits of a support, C^2 K of them; larger tasks fill memory and cores by themselves
 TIMEOUT_S = 3600  # per cell; a cell that takes longer hangs
 
 
@@ -237,7 +239,7 @@ def compare(
     contestants: Mapping[str, tuple[str, Mapping[str, object]]],
     protocol: str = "val",
 ) -> pd.DataFrame:
-    """Fit every contestant on every task and judge it on the task's test images.
+    """Fit every contestant on every task and judge it on the task's test images, small tasks side by side on threads.
 
     Args:
         contestants: label -> (name of a method, hyper-parameters to hold).
@@ -245,23 +247,29 @@ def compare(
 
     Returns:
         One row per task and contestant: `label`, `task`, `shots`, `seed`, `protocol`, `accuracy` in [0, 1],
-        `chosen` (a dict), `seconds` to fit, `right` (which test images) and `method` (the fitted method).
+        `chosen` (a dict), `right` (which test images) and `method` (the fitted method).
     """
     import pandas as pd
 
-    from lib import methods, metrics
+    from lib import methods, metrics, training
 
-    rows = []
-    for task in tasks:
-        for label, (name, held) in contestants.items():
-            begin = time.perf_counter()
-            method = methods.build(name, protocol, **held).fit(task)
-            seconds = time.perf_counter() - begin
-            right = metrics.right(method.logits(task.test), task.test.y)
-            row = {"label": label, "task": task.name, "shots": task.shots, "seed": task.seed, "protocol": protocol}
-            row |= {"accuracy": right.float().mean().item(), "chosen": method.chosen_, "seconds": seconds}
-            rows.append(row | {"right": right, "method": method})
-    return pd.DataFrame(rows)
+    def fit(pair: tuple[FewShotTask, str]) -> dict[str, object]:
+        task, label = pair
+        name, held = contestants[label]
+        method = methods.build(name, protocol, **held).fit(task)
+        right = metrics.right(method.logits(task.test), task.test.y)
+        row = {"label": label, "task": task.name, "shots": task.shots, "seed": task.seed, "protocol": protocol}
+        return row | {
+            "accuracy": right.float().mean().item(),
+            "chosen": method.chosen_,
+            "right": right,
+            "method": method,
+        }
+
+    pairs = list(product(tasks, contestants))
+    if any(task.support.zero_shot.numel() > SMALL for task, _ in pairs):  # one at a time needs half of the memory
+        return pd.DataFrame(map(fit, pairs))
+    return pd.DataFrame(training.in_threads(fit, pairs))
 
 
 def interval_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -143,12 +143,13 @@ class FewShotTask:
 class Bank:
     """All features of one data set under one CLIP and one auxiliary encoder, from which tasks are drawn.
 
-    `clip` and `aux` hold `train`, `val`, `test`, and, where they were asked for, `views` of shape [V, n, D].
+    `clip` and `aux` hold `train`, `val`, `test`, and, where they were asked for, `views` of shape [V, n, D]; `aux` one
+    entry for each encoder. Rows stay on disk, mapped into memory, until a task is drawn.
     """
 
     name: str
     clip: Mapping[str, features.Features]
-    aux: Mapping[str, Float[Tensor, "*views n Da"]]
+    aux: Mapping[str, Sequence[features.Features]]
     text: features.TextFeatures
     shot_index: Int64[Tensor, " n"] | None
     encoders: tuple[str, str]
@@ -205,8 +206,7 @@ def load_bank(
         shown = {"views": views} if part == "views" else {}
         split = "train" if part == "views" else part
         first, *rest = features.load_many(dataset, split, [clip, *auxiliaries], **options, **shown)  # one decoding pass
-        clip_parts[part] = first
-        aux_parts[part] = torch.cat([F.normalize(f.x, dim=-1) for f in rest], dim=-1)
+        clip_parts[part], aux_parts[part] = first, rest
         prints |= {f"{part}/{f.backbone}": f.fingerprint for f in (first, *rest)}
     index = features.bank_shot_index(dataset) if dataset.startswith("features:") else None
     return Bank(dataset, clip_parts, aux_parts, text, index, (clip, "+".join(auxiliaries)), prints)
@@ -240,9 +240,10 @@ def sample(bank: Bank, shots: int, seed: int, val_shots: int = 4) -> FewShotTask
     chosen = chosen[rank[chosen] < shots]
     val_rank = _rank_in_class(val.y, generator)
     keep = torch.arange(len(val.y)) if val_shots == 0 else torch.nonzero(val_rank < min(shots, val_shots))[:, 0]
-    part = {"train": chosen, "val": keep, "test": torch.arange(len(bank.clip["test"].y))}
+    shown = [bank.clip["views"], *bank.aux["views"]] if "views" in bank.clip else []
+    part = {"train": chosen, "val": keep, "test": slice(None)}
     arrays = {
-        p: {"clip": bank.clip[p].x[rows], "aux": bank.aux[p][rows], "y": bank.clip[p].y[rows]}
+        p: {"clip": bank.clip[p].x[rows], "aux": _joined([f.x[rows] for f in bank.aux[p]]), "y": bank.clip[p].y[rows]}
         for p, rows in part.items()
     }
     return FewShotTask.from_arrays(
@@ -254,8 +255,8 @@ def sample(bank: Bank, shots: int, seed: int, val_shots: int = 4) -> FewShotTask
         seed=seed,
         name=bank.name,
         views=[
-            {"clip": clip[chosen], "aux": aux[chosen], "y": train.y[chosen]}
-            for clip, aux in (zip(bank.clip["views"].x, bank.aux["views"], strict=True) if "views" in bank.clip else ())
+            {"clip": clip[chosen], "aux": _joined([x[chosen] for x in aux]), "y": train.y[chosen]}
+            for clip, *aux in zip(*(f.x for f in shown), strict=True)
         ],
     )
 
@@ -268,6 +269,11 @@ def _rank_in_class(y: Int64[Tensor, " n"], generator: torch.Generator) -> Int64[
     rank = torch.empty_like(y)
     rank[order] = torch.arange(len(y)) - start[y[order]]
     return rank
+
+
+def _joined(parts: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n Da"]:
+    """Return the rows of several encoders side by side, each of unit length."""
+    return torch.cat([F.normalize(x, dim=1) for x in parts], dim=1) if len(parts) > 1 else parts[0]
 
 
 def _unit(x: Float[Tensor, "n d"], what: str) -> Float[Tensor, "n d"]:

@@ -13,10 +13,10 @@ serves all of them. The gradient is written out: it is short, and several times 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 
 import torch
 from jaxtyping import Float, Int64
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 CACHE_BYTES = 12 * 2**20  # what the heads trained together may take; half of a common third-level cache
+BLOCK = 100  # steps prepared at a time
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,18 @@ class Heads:
 
     weight: Float[Tensor, "B C D"]
     losses: Float[Tensor, "B T 3"]
+
+
+def in_threads(work: Callable, items: Sequence) -> list:
+    """Return `work(item)` of each item; as many run side by side as torch may use threads, with one thread each."""
+    threads = torch.get_num_threads()
+    if min(threads, len(items)) < 2:
+        return [work(item) for item in items]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def epoch_orders(n: int, epochs: int, generator: torch.Generator) -> Int64[Tensor, "epochs n"]:
@@ -70,7 +83,7 @@ def train_heads(
     zero_shot: Float[Tensor, "V n C"],
     y: Int64[Tensor, " n"],
     weight: Float[Tensor, "B C D"],
-    orders: Int64[Tensor, "B epochs n"],
+    orders: Int64[Tensor, "B epochs m"],
     *,
     lr: float | Sequence[float] = 1e-3,
     weight_decay: float | Sequence[float] = 0.01,
@@ -80,10 +93,12 @@ def train_heads(
     standardised: bool = False,
     batch_size: int = 8,
     eps: float = 1e-4,
-    picks: Int64[Tensor, "B epochs n"] | None = None,
-    on_epoch: Callable[[int, slice, Float[Tensor, "b C D"]], None] | None = None,
+    picks: Int64[Tensor, "B epochs m"] | None = None,
+    rates: Float[Tensor, " T"] | None = None,
+    watched: Container[int] = (),
+    watch: Callable[[slice, Float[Tensor, "b C D"]], None] | None = None,
 ) -> Heads:
-    """Train B heads side by side with AdamW and a cosine per step; the last, smaller batch of an epoch is kept.
+    """Train B heads side by side with AdamW; the last, smaller batch of an epoch is kept.
 
     A head and what AdamW remembers of it are read and written at every step, so the heads are trained in groups that
     fit into the cache, and groups run on as many threads as torch may use. The result depends on neither.
@@ -92,13 +107,14 @@ def train_heads(
         x: unit rows of the support; V > 1 holds augmented views of the same images.
         zero_shot: `s0` of the same rows.
         weight: where each head starts; left untouched.
-        orders: the rows in the order each head sees them, epoch by epoch.
+        orders: the rows in the order each head sees them, epoch by epoch; an epoch need not show each row once.
         lr, weight_decay, lam, beta: one number, or one per head.
         factor: `u(s0)` of each row, 1 if absent.
         standardised: z-score the bias logits of each row before both losses (the released code does).
         picks: which view is shown at each place of `orders`; the first if absent.
-        on_epoch: called after each epoch of a group with its number, from 1, which heads these are, and their current
-            weights (a live buffer).
+        rates: what `lr` is multiplied by at each step; a cosine from 1 if absent.
+        watched: the steps, counted from 1, after which `watch` is called with which heads of a group these are and
+            their current weights (a live buffer).
 
     Returns:
         The weights after the last step and the losses of every step.
@@ -106,12 +122,14 @@ def train_heads(
     Raises:
         ValueError: a per-head setting has another length than the number of heads.
     """
-    heads, epochs, n = orders.shape
+    heads, epochs, m = orders.shape
     lrs, decays, lams, betas = (
         _per_head(v, heads, name)
         for v, name in ((lr, "lr"), (weight_decay, "weight_decay"), (lam, "lam"), (beta, "beta"))
     )
-    trained = Heads(torch.empty_like(weight), torch.empty(heads, epochs * math.ceil(n / batch_size), 3))
+    steps = epochs * math.ceil(m / batch_size)
+    trained = Heads(torch.empty_like(weight), torch.empty(heads, steps, 3))
+    rates = cosine(1.0, steps) if rates is None else rates
     rows, scores = x.flatten(0, 1), zero_shot.flatten(0, 1)
 
     def train(group: slice) -> None:
@@ -125,9 +143,10 @@ def train_heads(
             None if picks is None else picks[group],
             lams[group, None, None],
             (lrs[group], decays[group], eps),
+            rates.tolist(),
             standardised,
             batch_size,
-            None if on_epoch is None else lambda epoch: on_epoch(epoch, group, columns.transpose(1, 2)),
+            lambda step: watch(group, columns.transpose(1, 2)) if step in watched else None,
         )
         trained.weight[group] = columns.transpose(1, 2)
 
@@ -135,7 +154,7 @@ def train_heads(
     threads = torch.get_num_threads()
     groups = min(heads, threads * math.ceil(heads / room / threads))
     edges = [heads * i // groups for i in range(groups + 1)]
-    _in_threads(train, [slice(*pair) for pair in pairwise(edges)])
+    in_threads(train, [slice(*pair) for pair in pairwise(edges)])
     return trained
 
 
@@ -179,7 +198,7 @@ def minimise(
     return losses
 
 
-def _train_group(weight, losses, data, orders, picks, lam, optimiser, standardised, batch_size, on_epoch):
+def _train_group(weight, losses, data, orders, picks, lam, optimiser, rates, standardised, batch_size, watch):
     """Train a few heads, overwriting `weight [b D C]`, and write the losses of every step, `[b T 3]`.
 
     With a the bias logits, p = softmax(a), q = softmax(s0 + k a) and k = beta u, all per image of a batch of m,
@@ -190,60 +209,43 @@ def _train_group(weight, losses, data, orders, picks, lam, optimiser, standardis
 
         d loss / d a = (g - mean(g) - z sum(g z) / (C - 1)) / std,  g = d loss / d z.
 
-    What does not depend on the weights is gathered once an epoch: a step is short, and every call counts.
+    A step is so short that every call counts: what does not depend on the weights is gathered for many steps at once.
     """
-    (rows, scores, y, strengths), (heads, epochs, n) = data, orders.shape
+    (rows, scores, y, strengths), (heads, epochs, m) = data, orders.shape
     gradient = torch.zeros_like(weight)
     update = _adamw(weight, gradient, *optimiser)
-    starts = range(0, n, batch_size)
-    decay = cosine(1.0, epochs * len(starts)).tolist()
-    batch = torch.full((n, 1), float(batch_size))  # the size of the batch each place of an epoch is in
-    batch[starts[-1] :] = n - starts[-1]
-    for epoch in range(epochs):
-        image = orders[:, epoch]
-        row = image if picks is None else picks[:, epoch] * n + image
-        zero_shot, strength, truth = scores[row], strengths.gather(1, row)[..., None], y[image]
-        share = torch.stack([((1 - lam) / batch).expand_as(strength), lam * strength / batch])
-        target = torch.zeros_like(zero_shot).scatter_(2, truth[..., None], share.sum(0))
-        truth = truth[..., None].expand(2, heads, n, 1)
-        said = torch.empty(2, heads, n, 1)  # log-probability of the true class in each branch
-        for step, start in enumerate(starts):
-            now = slice(start, start + batch_size)
-            seen = rows[row[:, now]]
+    size = torch.full((m, 1), float(batch_size))  # of the batch that each place of an epoch is in
+    size[m - m % batch_size :] = m % batch_size
+    step = 0
+    for epoch, block in product(range(epochs), range(0, m, BLOCK * batch_size)):
+        places = slice(block, block + BLOCK * batch_size)
+        image, first = orders[:, epoch, places], step
+        row = image if picks is None else picks[:, epoch, places] * len(y) + image
+        zero_shot, strength, truth = scores[row], strengths.gather(1, row)[..., None], y[image][..., None]
+        share = torch.stack([(1 - lam).expand_as(strength), lam * strength]) / size[places]
+        target = torch.zeros_like(zero_shot).scatter_(2, truth, share.sum(0))
+        said = torch.empty(2, *zero_shot.shape)  # log-probabilities in each branch
+        batches = [v.split(batch_size, -2) for v in (row[..., None], zero_shot, strength, share, target, said)]
+        for shown, s0, k, weights, truths, log_p in zip(*batches, strict=True):
+            seen = rows.index_select(0, shown.flatten()).view(heads, -1, rows.shape[1])
             bias = torch.bmm(seen, weight)
             if standardised:
                 std, mean = torch.std_mean(bias, dim=-1, keepdim=True)
                 std.clamp_min_(1e-4)  # a row of equal logits (zero initialisation) has no direction to be scaled along
                 bias = (bias - mean) / std
-            both = torch.stack([bias, torch.addcmul(zero_shot[:, now], strength[:, now], bias)])
-            log_p = both.log_softmax(-1)
-            said[:, :, now] = log_p.gather(-1, truth[:, :, now])
-            slope = log_p.exp_().mul_(share[:, :, now]).sum(0).sub_(target[:, now])
+            torch.log_softmax(torch.stack([bias, torch.addcmul(s0, k, bias)]), -1, out=log_p)
+            slope = log_p.exp().mul_(weights).sum(0).sub_(truths)
             if standardised:
                 along = (slope * bias).sum(-1, keepdim=True) / (bias.shape[-1] - 1)
-                slope = (slope - slope.mean(-1, keepdim=True) - bias * along) / std
+                slope = (slope - slope.mean(-1, keepdim=True)).addcmul_(bias, along, value=-1).div_(std)
             torch.bmm(seen.transpose(1, 2), slope, out=gradient)
-            update(decay[epoch * len(starts) + step])
-        padded = torch.nn.functional.pad((said / -batch)[..., 0], (0, len(starts) * batch_size - n))
-        auxiliary, fused = padded.view(2, heads, len(starts), batch_size).sum(-1)
-        whole = torch.lerp(auxiliary, fused, lam[..., 0])
-        losses[:, epoch * len(starts) : (epoch + 1) * len(starts)] = torch.stack([whole, fused, auxiliary], dim=-1)
-        if on_epoch is not None:
-            on_epoch(epoch + 1)
-
-
-def _in_threads(work: Callable[[slice], None], parts: Sequence[slice]) -> None:
-    """Run the parts side by side, each on one thread, on as many threads as torch may use."""
-    threads = torch.get_num_threads()
-    if min(threads, len(parts)) < 2:
-        for part in parts:
-            work(part)
-        return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, parts))
-    finally:
-        torch.set_num_threads(threads)
+            update(rates[step])
+            step += 1
+            watch(step)
+        parts = (said.gather(-1, truth.expand(2, *truth.shape)) / -size[places])[..., 0]
+        padded = torch.nn.functional.pad(parts, (0, (step - first) * batch_size - parts.shape[-1]))
+        auxiliary, fused = padded.view(2, heads, step - first, batch_size).sum(-1)
+        losses[:, first:step] = torch.stack([torch.lerp(auxiliary, fused, lam[..., 0]), fused, auxiliary], dim=-1)
 
 
 def _adamw(weight, gradient, lrs, decays, eps):
