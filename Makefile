@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test lab clean
+.PHONY: run test bench lab clean
 .DEFAULT_GOAL := run
 
 $(BIN)/ready: requirements.lock pyproject.toml
@@ -18,6 +18,9 @@ run: $(BIN)/ready  ## the whole workbook on the embedded default
 test: $(BIN)/ready  ## ruff, then every test, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+bench: $(BIN)/ready  ## how fast it is, against plain loops; figures/91_* are redrawn for this machine
+	$(BIN)/python -m lib run 91_measure_speed --folder runs/91_measure_speed --figures figures
 
 lab: $(BIN)/ready  ## explore
 	$(BIN)/jupyter lab notebooks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -205,26 +206,22 @@ class APE(Predictor):
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         rows = split.clip.split(CHUNK)
-        return torch.cat([self._votes(self._closeness(part), self.sharpness, [self.gamma])[0] for part in rows])
+        return torch.cat([self._votes(self._closeness(part), self.sharpness, self.gamma) for part in rows])
 
     def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
-        """Yield the votes under each `sharpness` and `gamma`; quick where neighbours in the list share a sharpness."""
+        """Yield the votes under each `sharpness` and `gamma`; quick where neighbours in the list share a gamma."""
         closeness = self._closeness(split.clip)
         pairs = [(float(s.get("sharpness", self.sharpness)), float(s.get("gamma", self.gamma))) for s in settings]
-        gammas = list(dict.fromkeys(gamma for _, gamma in pairs))
-        runs = [(sharpness, list(run)) for sharpness, run in groupby(pairs, key=lambda pair: pair[0])]
-        at_once = over_sharpness(lambda s: self._votes(closeness, s, gammas), [s for s, _ in runs], closeness)
-        for (_, run), votes in zip(runs, at_once, strict=True):
-            yield from (votes[gammas.index(gamma)] for _, gamma in run)
+        for gamma, run in groupby(pairs, key=lambda pair: pair[1]):
+            votes = partial(self._votes, closeness, gamma=gamma)
+            yield from over_sharpness(votes, [sharpness for sharpness, _ in run], closeness)
 
     def _closeness(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n m"]:
         return normalize(x[:, self.channels_], dim=1) @ self.keys_.T - 1
 
-    def _votes(
-        self, closeness: Float[Tensor, "n m"], sharpness: float, gammas: Sequence[float]
-    ) -> Float[Tensor, "G n C"]:
+    def _votes(self, closeness: Float[Tensor, "n m"], sharpness: float, gamma: float) -> Float[Tensor, "n C"]:
         votes = torch.exp(sharpness * closeness).view(len(closeness), *self.divergence_.shape)
-        return torch.stack([torch.einsum("nck,ck->nc", votes, torch.exp(g * self.divergence_)) for g in gammas])
+        return torch.einsum("nck,ck->nc", votes, torch.exp(gamma * self.divergence_))
 
 
 class ProKeR(Predictor):
@@ -261,19 +258,23 @@ class ProKeR(Predictor):
         rows = split.features(self.features).split(CHUNK)
         return torch.cat([torch.exp(self.sharpness * (part @ self.keys_.T - 1)) @ self.coefficients_ for part in rows])
 
+    def _kernel(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n n"]:
+        return torch.mm(x, x.T).sub_(1).mul_(self.sharpness).exp_()
+
     @staticmethod
     def _fit_kernel(task: FewShotTask, members: Sequence[ProKeR]) -> Sequence[ProKeR]:
         first, support = members[0], task.support
         x = support.features(first.features)
-        precise = x.double() if len(x) <= 4 * CHUNK else x  # the matrix of 16,000 images would take 2 GB in float64
-        kernel = torch.exp(first.sharpness * (precise @ precise.T - 1))
-        hot = one_hot(support.y, task.num_classes)
-        residual = hot.to(kernel.dtype) - support.zero_shot.to(kernel.dtype) / LOGIT_SCALE
+        small = len(x) <= 4 * CHUNK  # the kernel of 16,000 images takes 1 GB in float32, and is held once, not thrice
+        x_precise = x.double() if small else x
+        residual = one_hot(support.y, task.num_classes).to(x_precise.dtype)
+        residual -= support.zero_shot / LOGIT_SCALE
+        kept = first._kernel(x_precise) if small else None
         for member in members:
-            system = kernel / member.penalty
+            system = (first._kernel(x_precise) if kept is None else kept.clone()).div_(member.penalty)
             system.diagonal().add_(1)
-            solved = torch.cholesky_solve(residual, torch.linalg.cholesky(system))
-            member.keys_, member.coefficients_ = x, LOGIT_SCALE * solved.float()
+            torch.linalg.cholesky(system, out=system)
+            member.keys_, member.coefficients_ = x, LOGIT_SCALE * torch.cholesky_solve(residual, system).float()
         return members
 
 

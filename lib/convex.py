@@ -111,8 +111,8 @@ class _Descent:
         self.x, self.rows = x, x @ x.T if self.dual else x
         self.y, self.intercept = y[:, None], float(intercept)
         k = None if strength is None else strength[:, None].to(x.dtype)
-        branches = ((1 - lam, None, None), (lam, k, zero_shot.to(x.dtype)))
-        self.branches = [branch for branch in branches if branch[0] > 0]
+        fused = [(lam, k, zero_shot.to(x.dtype))] if lam > 0 else []
+        self.branches = [(1 - lam, None, None)] * (lam < 1) + fused
         self.point, self.logits = x.new_zeros(self.rows.shape[1] + 1, classes), x.new_zeros(n, classes)
         self.basis = x.new_zeros(2 * MEMORY + 1, *self.point.shape)
         self.partners = torch.zeros_like(self.basis) if self.dual else self.basis

@@ -136,8 +136,8 @@ METHODS: dict[str, Entry] = {
         fusion.fixed,
         "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
         grid={
-            "sharpness": steps(0.1, 7.0, 200, 1.0),
             "gamma": steps(0.0, 1.0, 5, 0.1),
+            "sharpness": steps(0.1, 7.0, 200, 1.0),
             "beta": steps(0.1, 7.0, 20, 1.0),
         },
     ),

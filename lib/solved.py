@@ -70,7 +70,8 @@ class ConvexHead(Predictor):
         penalty: above 0.
         lam: weight of the fused branch in [0, 1].
         beta, confidence, rho, on, constant: the fusion inside the second branch, see `fusion.uncertain`.
-        tolerance: norm of the gradient to stop at, relative to the one at W = 0; `gradient_norm_` is what was reached.
+        tolerance: norm of the gradient to stop at, relative to the one at W = 0; `gradient_norm_` is what was reached,
+            after `evaluations_` gradients.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class ConvexHead(Predictor):
         )
         for i, head in enumerate(heads):
             head.weight_, head.gradient_norm_ = solved.weight[i], solved.gradient_norms[i].item()
+            head.evaluations_ = solved.evaluations[i].item()
 
 
 class GDA(Predictor):

@@ -76,10 +76,10 @@ def on_threads(count: int, way: Callable[[], object]) -> object:
         torch.set_num_threads(before)
 
 
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:
+def ratio(slow: pd.Series, fast: pd.Series) -> tuple[float, float, float]:
     """Return median, least and largest of the ratios slow / fast of the pairs."""
-    each = np.asarray(slow) / np.asarray(fast)
-    return float(np.median(each)), float(each.min()), float(each.max())
+    each = slow / fast
+    return float(each.median()), float(each.min()), float(each.max())
 
 
 def product_rate(size: int = 2048, repeats: int = 5) -> float:
@@ -121,6 +121,11 @@ def random_arrays(
     return {"text": text} | {name: part(y) for name, y in parts.items()}
 
 
+def random_task(seed: int = 0, **sizes: int) -> FewShotTask:
+    """Return a task of such features; see `random_arrays` for the sizes."""
+    return FewShotTask.from_arrays(**random_arrays(seed=seed, **sizes), seed=seed, name="random features")
+
+
 def random_bank(folder: Path, **sizes: int) -> str:
     """Write the same as a bank of features; return the data set's name."""
     arrays = random_arrays(**sizes)
@@ -137,13 +142,14 @@ def random_bank(folder: Path, **sizes: int) -> str:
 
 
 def random_photos(folder: Path, count: int, size: tuple[int, int] = (500, 375), seed: int = 0) -> str:
-    """Write JPEG files as large as the benchmarks' photographs; return the data set's name."""
+    """Write `count` JPEG files for train, as large as the benchmarks' photographs; return the data set's name."""
     generator = np.random.default_rng(seed)
-    place = folder / "train" / "photo"
-    place.mkdir(parents=True)
-    for i in range(count):
-        coarse = Image.fromarray(generator.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-        coarse.resize(size, Image.Resampling.BICUBIC).save(place / f"{i:04d}.jpg", quality=90)
+    for split, images in (("train", count), ("val", 1), ("test", 1)):
+        place = folder / split / "photo"
+        place.mkdir(parents=True)
+        for i in range(images):
+            coarse = Image.fromarray(generator.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+            coarse.resize(size, Image.Resampling.BICUBIC).save(place / f"{i:04d}.jpg", quality=90)
     return f"folder:{folder}"
 
 

@@ -25,6 +25,23 @@ SMALL = {
         "epochs": 8,
         "only": "tip_adapter+gda+clap+lp_plus_plus",
     },
+    "91_measure_speed": {
+        "classes": 6,
+        "shots": 2,
+        "dim": 24,
+        "aux_dim": 32,
+        "epochs": 2,
+        "heads": 3,
+        "repeats": 1,
+        "threads": 1,
+        "seeds": 1,
+        "only": "gda+amu",
+        "photos": 2,
+        "encoder": "embedded:supervised",
+        "large_classes": 8,
+        "large_test": 20,
+        "large": "amu_convex",
+    },
     "90_train_embedded_models": {"encoders": "clip+supervised", "steps": 2, "images": 64, "threads": 1},
 }
 
@@ -166,3 +183,13 @@ def test_90_train_embedded_models(record):
     assert metrics["megabytes"] <= 16
     assert metrics["captions"]["texture"] < metrics["captions"]["shape"] == 1
     assert not metrics["fair"], "two steps teach nothing"
+
+
+def test_91_measure_speed(record):
+    metrics = record("91_measure_speed")
+    assert metrics["weights_apart"] < 1e-5 and metrics["convex_gradient"] <= 1e-3
+    assert set(metrics["ratios"]) == {"heads", "convex", "grid", "extraction"}
+    assert all(0 < low <= middle <= high for middle, low, high in metrics["ratios"].values())
+    assert set(metrics["seconds"]) == {"gda", "amu"} and metrics["whole_benchmark_s"] > 0
+    assert 0.1 < metrics["large"]["amu_convex"]["gib"] < 4
+    assert metrics["import_s"]["lib"] < metrics["import_s"]["torch"], "lib itself imports nothing"

@@ -39,6 +39,7 @@ ORDER = [
     "scores",
     "metrics",
     "figures",
+    "speed",
     "runs",
     "__main__",
 ]

@@ -143,6 +143,33 @@ def test_the_convex_optimum_has_no_gradient(task, lam, width):
     assert found.weight[1].norm() > found.weight[2].norm() > found.weight[0].norm()
 
 
+@pytest.mark.parametrize("width", [20, 48])
+def test_the_certificate_holds_in_single_precision(task, width):
+    """The gradient of the weights found, by autograd in double precision, against the norm that was reported."""
+    x = torch.nn.functional.normalize(task.support.aux[:, :width], dim=1)
+    s0, y, penalties = task.support.zero_shot, task.support.y, [1e-2, 1e-3, 1e-4]
+
+    def norm(weight, penalty):
+        weight = weight.double().requires_grad_()
+        a = x.double() @ weight.T
+        losses = [torch.nn.functional.cross_entropy(logits, y) for logits in (a, s0.double() + 3 * a)]
+        (sum(losses) / 2 + penalty / 2 * weight.square().sum()).backward()
+        return weight.grad.norm().item()
+
+    strength = torch.full((len(y),), 3.0)
+    found = convex.solve_path(x, s0, y, penalties, lam=0.5, strength=strength, tolerance=1e-4)
+    scale = norm(torch.zeros(12, width), 0.0)
+    for weight, penalty, told in zip(found.weight, penalties, found.gradient_norms.tolist(), strict=True):
+        assert told <= 1e-4
+        assert norm(weight, penalty) / scale == pytest.approx(told, rel=0.05, abs=1e-6)
+
+
+def test_a_penalty_must_be_above_0(task):
+    support = task.support
+    with pytest.raises(ValueError, match=r"penalties must be above 0, not 0\.0"):
+        convex.solve_path(support.aux, support.zero_shot, support.y, [1e-3, 0.0])
+
+
 def test_the_certificate_tells_what_was_not_reached(task):
     support = task.support
     found = convex.solve_path(support.aux, support.zero_shot, support.y, [1e-6], tolerance=1e-6, max_evaluations=5)
