@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from lib import fusion, training
-from lib.predictors import Predictor, random_weight
+from lib.predictors import JointPredictor, Predictor, random_weight
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
 
 CHUNK = 2048  # images compared with the whole support at a time, so that memory stays bounded
@@ -224,7 +224,7 @@ class APE(Predictor):
         return torch.einsum("nck,ck->nc", votes, torch.exp(gamma * self.divergence_))
 
 
-class ProKeR(Predictor):
+class ProKeR(JointPredictor):
     """Proximal kernel ridge regression: the residual of zero-shot CLIP, regressed on the support in closed form.
 
         A = (K_SS / penalty + I)^-1 (Y - f_S T^T),    bias = 100 K(x, S) A,    K(a, b) = exp(-sharpness (1 - a b))
@@ -240,19 +240,10 @@ class ProKeR(Predictor):
     Source: ProKeR (arXiv 2501.11175), eq. 11-12; repository ybendou/ProKeR at 035b684.
     """
 
+    varying = frozenset(("penalty",))
+
     def __init__(self, features: str = "clip", sharpness: float = 1.0, penalty: float = 0.1) -> None:
         self.features, self.sharpness, self.penalty = features, sharpness, penalty
-
-    def fit(self, task: FewShotTask) -> ProKeR:
-        return self._fit_kernel(task, [self])[0]
-
-    @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
-        """Fit every setting; those with the same kernel share its matrix."""
-        fitted = [cls(**setting) for setting in settings]
-        for kernel in {(p.features, p.sharpness) for p in fitted}:
-            cls._fit_kernel(task, [p for p in fitted if (p.features, p.sharpness) == kernel])
-        return fitted
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         rows = split.features(self.features).split(CHUNK)
@@ -261,8 +252,8 @@ class ProKeR(Predictor):
     def _kernel(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n n"]:
         return torch.mm(x, x.T).sub_(1).mul_(self.sharpness).exp_()
 
-    @staticmethod
-    def _fit_kernel(task: FewShotTask, members: Sequence[ProKeR]) -> Sequence[ProKeR]:
+    @classmethod
+    def _fit_together(cls, task: FewShotTask, members: Sequence[ProKeR]) -> None:
         first, support = members[0], task.support
         x = support.features(first.features)
         small = len(x) <= 4 * CHUNK  # the kernel of 16,000 images takes 1 GB in float32, and is held once, not thrice
@@ -275,7 +266,6 @@ class ProKeR(Predictor):
             system.diagonal().add_(1)
             torch.linalg.cholesky(system, out=system)
             member.keys_, member.coefficients_ = x, LOGIT_SCALE * torch.cholesky_solve(residual, system).float()
-        return members
 
 
 def over_sharpness(

@@ -74,6 +74,11 @@ def steps(start: float, stop: float, count: int, published: float) -> tuple[floa
     return (published, *(start + i * (stop - start) / count for i in range(count)))
 
 
+TIP = {
+    "source": "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet.yaml",
+    "defaults": {"beta": 1.17},
+    "grid": {"sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 3.0, 20, 1.17)},
+}
 METHODS: dict[str, Entry] = {
     "zero_shot": Entry("Zero-shot CLIP", predictors.NoPredictor, fusion.fixed, "Radford et al., 2021"),
     "linear_probe": Entry(
@@ -90,22 +95,8 @@ METHODS: dict[str, Entry] = {
         "arXiv 2110.04544; repository gaopengcuhk/CLIP-Adapter",
         refit={"ratio": (0.2, 0.6)},
     ),
-    "tip_adapter": Entry(
-        "Tip-Adapter",
-        caches.Cache,
-        fusion.fixed,
-        "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet.yaml",
-        defaults={"beta": 1.17},
-        grid={"sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 3.0, 20, 1.17)},
-    ),
-    "tip_adapter_f": Entry(
-        "Tip-Adapter-F",
-        caches.TrainedCache,
-        fusion.fixed,
-        "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet.yaml",
-        defaults={"beta": 1.17},
-        grid={"sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 3.0, 20, 1.17)},
-    ),
+    "tip_adapter": Entry("Tip-Adapter", caches.Cache, fusion.fixed, **TIP),
+    "tip_adapter_f": Entry("Tip-Adapter-F", caches.TrainedCache, fusion.fixed, **TIP),
     "cafo": Entry(
         "CaFo",
         caches.SimilarCaches,

@@ -58,6 +58,32 @@ class Predictor:
             yield logits
 
 
+class JointPredictor(Predictor):
+    """A predictor that is fitted many at a time: settings that differ in `varying` alone share one pass."""
+
+    varying: frozenset[str]
+
+    def fit(self, task: FewShotTask) -> Predictor:
+        self._fit_together(task, [self])
+        return self
+
+    @classmethod
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
+        """Fit one predictor for each set of hyper-parameters, in as few passes as there are different shared ones."""
+        fitted = [cls(**setting) for setting in settings]
+        groups: dict[tuple, list[Predictor]] = {}
+        for predictor in fitted:
+            shared = tuple(value for name, value in vars(predictor).items() if name not in cls.varying)
+            groups.setdefault(shared, []).append(predictor)
+        for group in groups.values():
+            cls._fit_together(task, group)
+        return fitted
+
+    @classmethod
+    def _fit_together(cls, task: FewShotTask, group: Sequence[Predictor]) -> None:
+        raise NotImplementedError
+
+
 class NoPredictor(Predictor):
     """No bias at all: zero-shot CLIP."""
 
@@ -71,7 +97,7 @@ class NoPredictor(Predictor):
         return torch.zeros_like(split.zero_shot)
 
 
-class MultiBranchHead(Predictor):
+class MultiBranchHead(JointPredictor):
     """AMU-Tuning's linear head `W g`, trained on an auxiliary and a fused branch.
 
         loss = (1 - lam) CE(a, y) + lam CE(s0 + beta u(s0) a, y),    a = W g or its z-score
@@ -93,6 +119,13 @@ class MultiBranchHead(Predictor):
     Source: AMU-Tuning, eq. 6-11, and repository TJU-sjyj/AMU-Tuning.
     """
 
+    varying = frozenset(
+        (
+            *("init", "lam", "lr", "weight_decay", "select_epoch", "keep_epochs"),
+            *("beta", "confidence", "rho", "on", "constant"),
+        )
+    )
+
     def __init__(
         self,
         features: str = "aux",
@@ -113,22 +146,6 @@ class MultiBranchHead(Predictor):
     ) -> None:
         vars(self).update({name: value for name, value in locals().items() if name not in ("self", "__class__")})
 
-    def fit(self, task: FewShotTask) -> MultiBranchHead:
-        self._fit_together(task, [self])
-        return self
-
-    @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
-        """Fit all heads in one loop; they must share what shapes the loop (features, epochs, batch size, z-score)."""
-        heads = [cls(**setting) for setting in settings]
-        shared = ("features", "epochs", "batch_size", "standardised")
-        groups: dict[tuple, list[Predictor]] = {}
-        for head in heads:
-            groups.setdefault(tuple(getattr(head, name) for name in shared), []).append(head)
-        for group in groups.values():
-            cls._fit_together(task, group)
-        return heads
-
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return self.branches(split, self.weight_)[0]
 
@@ -142,8 +159,8 @@ class MultiBranchHead(Predictor):
         """Return the share of images, in [0, 1], that the fused branch gets right under the given weights."""
         return fusion.accuracy(self.branches(split, weight)[1], split.y)
 
-    @staticmethod
-    def _fit_together(task: FewShotTask, heads: Sequence[MultiBranchHead]) -> None:
+    @classmethod
+    def _fit_together(cls, task: FewShotTask, heads: Sequence[MultiBranchHead]) -> None:
         first, views = heads[0], task.views or (task.support,)
         generator = torch.Generator().manual_seed(task.seed)
         orders = training.epoch_orders(len(task.support), first.epochs, generator)

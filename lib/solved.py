@@ -6,18 +6,18 @@ Each is the closed form or the unique optimum of what it minimises, so two peopl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lib import convex, fusion, training
-from lib.predictors import Predictor
+from lib.predictors import JointPredictor, Predictor
 from lib.tasks import FewShotTask, Split
 
 
-class LinearProbe(Predictor):
+class LinearProbe(JointPredictor):
     """Multinomial logistic regression on the features, without knowledge of the texts.
 
         loss = sum_i CE(W x_i + b, y_i) + ||W||^2 / (2 inverse_penalty)
@@ -29,27 +29,17 @@ class LinearProbe(Predictor):
     Source: the linear probe of CLIP (Radford et al., 2021); agrees with scikit-learn's, see the tests.
     """
 
+    varying = frozenset(("inverse_penalty",))
+
     def __init__(self, features: str = "clip", inverse_penalty: float = 10.0) -> None:
         self.features = features
         self.inverse_penalty = inverse_penalty
 
-    def fit(self, task: FewShotTask) -> LinearProbe:
-        self._fit_path(task, [self])
-        return self
-
-    @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
-        """Fit all penalties as one path, each from the solution before it."""
-        probes = [cls(**setting) for setting in settings]
-        for kind in {probe.features for probe in probes}:
-            cls._fit_path(task, [probe for probe in probes if probe.features == kind])
-        return probes
-
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return split.features(self.features) @ self.weight_.T + self.intercept_
 
-    @staticmethod
-    def _fit_path(task: FewShotTask, probes: Sequence[LinearProbe]) -> None:
+    @classmethod
+    def _fit_together(cls, task: FewShotTask, probes: Sequence[LinearProbe]) -> None:
         x, support = task.support.features(probes[0].features).double(), task.support
         penalties = [1 / (probe.inverse_penalty * len(x)) for probe in probes]
         solved = convex.solve_path(x, support.zero_shot, support.y, penalties, intercept=True, tolerance=1e-6)
@@ -58,7 +48,7 @@ class LinearProbe(Predictor):
             probe.gradient_norm_ = solved.gradient_norms[i].item()
 
 
-class ConvexHead(Predictor):
+class ConvexHead(JointPredictor):
     """AMU-Tuning's linear head at the optimum of its two-branch loss, which is convex without the z-score.
 
         mean_i [(1 - lam) CE(W g_i, y_i) + lam CE(s0_i + beta u(s0_i) W g_i, y_i)] + penalty / 2 ||W||^2
@@ -74,6 +64,8 @@ class ConvexHead(Predictor):
             after `evaluations_` gradients.
     """
 
+    varying = frozenset(("penalty",))
+
     def __init__(
         self,
         features: str = "aux",
@@ -88,27 +80,11 @@ class ConvexHead(Predictor):
     ) -> None:
         vars(self).update({name: value for name, value in locals().items() if name not in ("self", "__class__")})
 
-    def fit(self, task: FewShotTask) -> ConvexHead:
-        self._fit_path(task, [self])
-        return self
-
-    @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
-        """Fit every setting; those that differ in the penalty alone are one path."""
-        heads = [cls(**setting) for setting in settings]
-        paths: dict[tuple, list[ConvexHead]] = {}
-        for head in heads:
-            shared = tuple(value for name, value in vars(head).items() if name != "penalty")
-            paths.setdefault(shared, []).append(head)
-        for path in paths.values():
-            cls._fit_path(task, path)
-        return heads
-
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return split.features(self.features) @ self.weight_.T
 
-    @staticmethod
-    def _fit_path(task: FewShotTask, heads: Sequence[ConvexHead]) -> None:
+    @classmethod
+    def _fit_together(cls, task: FewShotTask, heads: Sequence[ConvexHead]) -> None:
         one, support = heads[0], task.support
         factor = fusion.uncertainty(support.zero_shot, one.confidence, one.rho, one.on, one.constant)
         solved = convex.solve_path(

@@ -6,7 +6,7 @@ classified? Their figures are marked for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,6 +16,8 @@ from torch.nn.functional import normalize, one_hot
 from lib.caches import CHUNK
 from lib.predictors import Predictor
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
+
+GRID = 2**26  # comparisons of a split with the support that a grid search may hold, three numbers each
 
 
 class MAdapter(Predictor):
@@ -70,14 +72,38 @@ class MAdapter(Predictor):
             found.append(votes.view(len(k), self.num_classes_, -1).sum(-1))
         return torch.cat(found)
 
+    def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
+        """Yield the logits under each setting; what they share is computed once, where n x m numbers fit thrice."""
+        if len(split) * len(self.keys_) > GRID:
+            yield from super().logits_grid(split, settings)
+            return
+        images, captions, kl = self._comparisons(split)
+        shots, known = len(self.keys_) // self.num_classes_, {}
+        kl_low, kl_high = kl.aminmax()
+        kl_votes = kl.view(len(split), self.num_classes_, shots).sum(-1)
+        for setting in settings:
+            sharpness, gamma, delta = (setting.get(n, getattr(self, n)) for n in ("sharpness", "gamma", "delta"))
+            if (sharpness, delta) not in known:
+                k = torch.lerp(images, captions, delta)
+                votes = torch.exp(sharpness * (k - 1)).view(len(split), self.num_classes_, shots).sum(-1)
+                known[sharpness, delta] = (votes, *k.aminmax())
+            votes, low, high = known[sharpness, delta]
+            slope = (high - low) / (kl_high - kl_low).clamp_min(1e-12)
+            yield votes - gamma * (shots * (low - slope * kl_low) + slope * kl_votes)
+
     def _compare_all(self, split: Split) -> Iterator[tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]]:
         return (self._compare(split.rows(rows)) for rows in torch.arange(len(split)).split(CHUNK))
 
     def _compare(self, split: Split) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"]]:
-        k = (1 - self.delta) * split.features(self.features) @ self.keys_.T + self.delta * split.clip @ self.captions_.T
+        images, captions, kl = self._comparisons(split)
+        return torch.lerp(images, captions, self.delta), kl
+
+    def _comparisons(self, split: Split) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Float[Tensor, "n m"]]:
+        """Return how alike each row and the support's images, captions and (as a divergence) predictions are."""
         log_p = self._log_predictions(split)
         p = log_p.exp()
-        return k, (p * log_p).sum(1, keepdim=True) - p @ self.log_predictions_.T
+        kl = (p * log_p).sum(1, keepdim=True) - p @ self.log_predictions_.T
+        return split.features(self.features) @ self.keys_.T, split.clip @ self.captions_.T, kl
 
     def _log_predictions(self, split: Split) -> Float[Tensor, "n C"]:
         return (split.zero_shot / (LOGIT_SCALE * self.temperature)).log_softmax(1)
@@ -130,28 +156,42 @@ class TransCLIP(Predictor):
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        x, shots, hot = split.features(self.features), self.support_, self.hot_
-        n, log_prior = len(x), split.zero_shot.log_softmax(1)
-        prior = (self.lam if self.lam is not None else 0.5 if self.use_support else 1.0) * log_prior
-        neighbour, closeness = self._neighbours(torch.cat([x, shots]), x)
-        pull = 25 / self.neighbours
-        z, mean = log_prior.exp(), self._initial_means(x, log_prior.exp())
-        variance = torch.full((x.shape[1],), 1 / x.shape[1])
+        x, n = split.features(self.features), len(split)
+        prior = split.zero_shot.log_softmax(1)
+        z = prior.exp()
+        mean, variance = self._initial_means(x, z), torch.full((x.shape[1],), 1 / x.shape[1])
+        prior *= self.lam if self.lam is not None else 0.5 if self.use_support else 1.0
+        near, labels = self._affinity(x)
+        share = 50 * self.gamma / max(1, len(self.support_))
+        own_sums, own_counts = share * self.hot_.T @ self.support_, share * self.hot_.sum(0)
+        squares = x.norm(dim=0).square() / n + share * self.support_.norm(dim=0).square()
         for round_ in range(11):
-            likelihood = self._log_likelihood(x, mean, variance)
+            scaled = mean / variance
+            likelihood = torch.addmm((mean * scaled).sum(1), x, scaled.T, beta=-0.5)
             for _ in range(5):
-                known, smooth = torch.cat([z, hot]), torch.zeros_like(z)
-                for near, weight in zip(neighbour.T, closeness.T[:, :, None], strict=True):
-                    smooth.index_add_(0, near, weight * known).add_(weight[:n] * z[near[:n]])
-                log_z = prior + (likelihood + pull * smooth) / 50
+                log_z = torch.sparse.mm(near, z).add_(labels).mul_(25 / self.neighbours)
+                log_z.add_(likelihood).div_(50).add_(prior)
                 z = log_z.softmax(1)
             if round_ < 10:
-                weights, rows = torch.cat([z / n, 50 * self.gamma / max(1, len(shots)) * hot]), torch.cat([x, shots])
-                mean = normalize(weights.T @ rows, dim=1)
-                squares = weights.sum(1) @ rows.square() - 2 * (mean * (weights.T @ rows)).sum(0)
-                variance = (squares + weights.sum(0) @ mean.square()) / weights.sum()
+                sums, counts = z.T @ x / n + own_sums, z.sum(0) / n + own_counts
+                mean = normalize(sums, dim=1)
+                variance = (squares - 2 * (mean * sums).sum(0) + counts @ mean.square()) / counts.sum()
                 variance = variance.clamp_min(1e-12)  # a channel that never varies tells no classes apart
         return log_z
+
+    def _affinity(self, x: Float[Tensor, "n D"]) -> tuple[Tensor, Float[Tensor, "n C"]]:
+        """Return w_ij + w_ji between the images, sparse, and what the labels of the support add to each image."""
+        n, rows = len(x), torch.cat([x, self.support_])
+        neighbour, closeness = self._neighbours(rows, x)
+        here, there = torch.arange(n).repeat_interleave(neighbour.shape[1]), neighbour[:n].flatten()
+        index = torch.stack([torch.cat([here, there]), torch.cat([there, here])])
+        near = torch.sparse_coo_tensor(
+            index, closeness[:n].flatten().repeat(2), (n, n), check_invariants=True
+        ).coalesce()
+        labels = torch.zeros(n, self.hot_.shape[1])
+        for j in range(neighbour.shape[1]):
+            labels.index_add_(0, neighbour[n:, j], closeness[n:, j, None] * self.hot_)
+        return near, labels
 
     def _neighbours(
         self, rows: Float[Tensor, "m D"], x: Float[Tensor, "n D"]
@@ -166,10 +206,3 @@ class TransCLIP(Predictor):
             return normalize(self.hot_.T @ self.support_, dim=1)
         top = z.topk(min(8, len(z)), dim=0)
         return normalize((top.values[:, :, None] * x[top.indices]).sum(0), dim=1)
-
-    @staticmethod
-    def _log_likelihood(
-        x: Float[Tensor, "n D"], mean: Float[Tensor, "C D"], variance: Float[Tensor, " D"]
-    ) -> Float[Tensor, "n C"]:
-        scaled = mean / variance
-        return x @ scaled.T - (x.square() @ (1 / variance))[:, None] / 2 - (mean * scaled).sum(1) / 2

@@ -58,3 +58,20 @@ def make_task(make_arrays):
     from lib.tasks import FewShotTask
 
     return lambda **sizes: FewShotTask.from_arrays(**make_arrays(**sizes))
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory):
+    """Return a folder like data/embedded, with encoders of a few thousand random weights."""
+    from small_models import write_embedded
+
+    return write_embedded(tmp_path_factory.mktemp("embedded"))
+
+
+@pytest.fixture
+def small_encoders(embedded, monkeypatch, tmp_path):
+    """Let `embedded:` mean those encoders, and the cache a folder of the test's own."""
+    from lib import recipes
+
+    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", embedded)
+    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(tmp_path / "cache"))

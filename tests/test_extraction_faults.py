@@ -14,23 +14,16 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from small_models import write_embedded, write_folder
+from small_models import write_folder
 
-from lib import backbones, extraction, features, recipes
+from lib import backbones, extraction, features
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 needs_fork = pytest.mark.skipif(FORK is None, reason="fork is safe with torch on Linux only")
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    return write_embedded(tmp_path_factory.mktemp("embedded"))
-
-
 @pytest.fixture(autouse=True)
-def small(embedded, monkeypatch, tmp_path):
-    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", embedded)
-    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(tmp_path / "cache"))
+def small(small_encoders, monkeypatch):
     monkeypatch.setattr(extraction, "SHARD", 6)
 
 

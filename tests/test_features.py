@@ -8,22 +8,15 @@ import pytest
 import torch
 from conftest import REAL
 from safetensors.torch import load_file, save_file
-from small_models import write_embedded, write_folder
+from small_models import write_folder
 from torch.nn.functional import normalize
 
 from lib import backbones, banks, datasets, extraction, features, images, recipes
 from lib.__main__ import main
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory):
-    return write_embedded(tmp_path_factory.mktemp("embedded"))
-
-
 @pytest.fixture(autouse=True)
-def small(embedded, monkeypatch, tmp_path):
-    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", embedded)
-    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(tmp_path / "cache"))
+def small(small_encoders, monkeypatch):
     monkeypatch.setattr(extraction, "SHARD", 5)
 
 
