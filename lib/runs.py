@@ -247,7 +247,8 @@ def compare(
 
     Returns:
         One row per task and contestant: `label`, `task`, `shots`, `seed`, `protocol`, `accuracy` in [0, 1],
-        `chosen` (a dict), `right` (which test images) and `method` (the fitted method).
+        `chosen` (a dict), `seconds` (of the fit, beside whatever ran then), `right` (which test images) and `method`
+        (the fitted method).
     """
     import pandas as pd
 
@@ -256,15 +257,13 @@ def compare(
     def fit(pair: tuple[FewShotTask, str]) -> dict[str, object]:
         task, label = pair
         name, held = contestants[label]
+        begin = time.perf_counter()
         method = methods.build(name, protocol, **held).fit(task)
+        seconds = time.perf_counter() - begin
         right = metrics.right(method.logits(task.test), task.test.y)
         row = {"label": label, "task": task.name, "shots": task.shots, "seed": task.seed, "protocol": protocol}
-        return row | {
-            "accuracy": right.float().mean().item(),
-            "chosen": method.chosen_,
-            "right": right,
-            "method": method,
-        }
+        row |= {"accuracy": right.float().mean().item(), "chosen": method.chosen_, "seconds": seconds}
+        return row | {"right": right, "method": method}
 
     pairs = list(product(tasks, contestants))
     if any(task.support.zero_shot.numel() > SMALL for task, _ in pairs):  # one at a time needs half of the memory
