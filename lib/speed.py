@@ -46,7 +46,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def in_turns(ways: Mapping[str, Callable[[], object]], repeats: int) -> pd.DataFrame:
+def in_turns(ways: Mapping[str | int, Callable[[], object]], repeats: int) -> pd.DataFrame:
     """Time every way `repeats` times, one after another in turns.
 
     Returns:

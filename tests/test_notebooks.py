@@ -137,7 +137,12 @@ def test_04_compare_logit_fusions(record, request, real):
 def test_05_tune_amu(record):
     metrics = record("05_tune_amu")
     accuracy = metrics["accuracy"]
-    assert set(accuracy) == {"Zero-shot CLIP", "Auxiliary only", "AMU-Tuning", "AMU-Tuning (code)"}
+    assert set(accuracy) == {
+        *("Zero-shot CLIP", "Auxiliary only"),
+        *("AMU-Tuning", "AMU-Tuning (code)", "AMU-Tuning (convex)"),
+    }
+    assert accuracy["AMU-Tuning (convex)"]["4"]["mean"] > accuracy["Zero-shot CLIP"]["4"]["mean"] + 2
+    assert set(metrics["verdicts"]) == {"zero_shot", "aux_only", "amu_code", "amu_convex"}
     assert set(accuracy["AMU-Tuning"]) == {"1", "2", "4"}
     assert accuracy["Zero-shot CLIP"]["1"]["half"] == 0
     assert accuracy["AMU-Tuning"]["4"]["mean"] > accuracy["Zero-shot CLIP"]["4"]["mean"] + 2
