@@ -69,23 +69,23 @@ def solve_path(
         raise ValueError(f"penalties must be above 0, not {min(penalties)}")
     order = sorted(range(len(penalties)), key=lambda i: -penalties[i])
     descent = _Descent(x, zero_shot, y, lam, strength, intercept)
-    scale, found, earlier = descent.look(0.0), {}, None
-    for step, i in enumerate(order):
-        here = (descent.point.clone(), descent.logits.clone())
-        if step > 1 and penalties[order[step - 2]] > penalties[order[step - 1]]:
-            ahead, behind = (math.log(penalties[order[step - b - 1]] / penalties[order[step - b]]) for b in (0, 1))
-            for live, now, past in zip((descent.point, descent.logits), here, earlier, strict=True):
-                live.add_(now - past, alpha=ahead / behind)
-        earlier = here
-        norm, evaluations = descent.run(penalties[i], tolerance * scale, max_evaluations)
-        found[i] = (descent.point.clone(), descent.value(penalties[i]), norm, evaluations)
+    found, past = {}, []
+    for i in order:
+        here = math.log(penalties[i])
+        if len(past) == 2 and past[0][0] > past[1][0]:
+            beyond = (past[0][0] - here) / (past[0][0] - past[1][0])
+            torch.lerp(past[0][1], descent.point, beyond, out=descent.point)
+            torch.lerp(past[0][2], descent.logits, beyond, out=descent.logits)
+        norm, evaluations = descent.run(penalties[i], tolerance, max_evaluations)
+        past = [*past[-1:], (here, descent.point.clone(), descent.logits.clone())]
+        found[i] = (past[-1][1], descent.value(penalties[i]), norm, evaluations)
     points, losses, norms, evaluations = zip(*(found[i] for i in range(len(penalties))), strict=True)
-    solved = torch.stack(points).transpose(1, 2)
+    weight = torch.cat([point[:-1] for point in points], 1).T
     return Convex(
-        weight=solved[..., :-1] @ x if descent.dual else solved[..., :-1].contiguous(),
-        intercept=solved[..., -1].contiguous(),
+        weight=(weight @ x if descent.dual else weight.contiguous()).unflatten(0, (len(points), -1)),
+        intercept=torch.stack([point[-1] for point in points]),
         losses=torch.tensor(losses),
-        gradient_norms=torch.tensor([norm / scale if scale else 0.0 for norm in norms]),
+        gradient_norms=torch.tensor([norm / descent.scale if descent.scale else 0.0 for norm in norms]),
         evaluations=torch.tensor(evaluations),
     )
 
@@ -102,15 +102,16 @@ class _Descent:
         partners: of these; with many rows a vector is its own partner and this is `basis` itself.
         products: the inner products of all of them, which is all that L-BFGS's recursion needs.
         slots: which steps are in use, the oldest first.
+        scale: norm of the gradient at zero weights, where the path begins.
         slope: the derivatives of the loss by the logits; `change`, `reached` and `fused` are room to work in.
     """
 
     def __init__(self, x, zero_shot, y, lam, strength, intercept):
         (n, dim), classes = x.shape, zero_shot.shape[1]
         self.dual = n < 2 * dim
-        self.x, self.rows = x, x @ x.T if self.dual else x
+        self.x, self.rows = x, _gram(x) if self.dual else x
         self.y, self.intercept = y[:, None], float(intercept)
-        k = None if strength is None else strength[:, None].to(x.dtype)
+        k = x.new_ones(n, 1) if strength is None else strength[:, None].to(x.dtype)
         fused = [(lam, k, zero_shot.to(x.dtype))] if lam > 0 else []
         self.branches = [(1 - lam, None, None)] * (lam < 1) + fused
         self.point, self.logits = x.new_zeros(self.rows.shape[1] + 1, classes), x.new_zeros(n, classes)
@@ -119,16 +120,18 @@ class _Descent:
         self.stores = (self.basis, self.partners) if self.dual else (self.basis,)
         self.direction, self.image = torch.empty_like(self.point), torch.empty_like(self.point)
         self.products = torch.zeros(2 * MEMORY + 1, 2 * MEMORY + 1, dtype=torch.float64)
-        self.slots, self.pending, self.penalty = [], None, 0.0
+        self.slots, self.pending, self.penalty, self.scale = [], None, 0.0, None
         self.change, self.reached, self.slope, self.fused = torch.empty(4, n, classes, dtype=x.dtype)
         self.loss = self._loss(self.logits)
 
-    def run(self, penalty: float, stop: float, max_evaluations: int) -> tuple[float, int]:
+    def run(self, penalty: float, tolerance: float, max_evaluations: int) -> tuple[float, int]:
         """Go to the optimum of one penalty; return the norm of the gradient there and the evaluations."""
         self._turn(penalty)
         for evaluations in range(1, max_evaluations + 1):
             norm = self.look(penalty)
-            if norm <= stop or evaluations == max_evaluations:
+            if self.scale is None:
+                self.scale = norm
+            if norm <= tolerance * self.scale or evaluations == max_evaluations:
                 break
             if not (self.slots and self._step(penalty)):
                 self.slots = []  # nothing known, or rounding has spoilt it: go along the gradient
@@ -146,13 +149,12 @@ class _Descent:
             torch.mm(self.x.T, self.slope, out=gradient[:-1]).add_(self.point[:-1], alpha=penalty)
         gradient[-1] = self.slope.sum(0) * self.intercept
         self.partners[-1, -1] = gradient[-1]
-        self._multiply(-1)
+        self.products[-1] = self.products[:, -1] = torch.mv(self.partners.flatten(1), gradient.flatten()).double()
         if self.pending is not None:
             step, change = self.pending, MEMORY + self.pending
             for store in self.stores:
-                store[change] += store[-1]
-            self._multiply(step)
-            self._multiply(change)
+                store[change].add_(store[-1])
+            self._combine(change, self._only(change) + self._only(-1))
             if self.products[step, change] > 0:  # as a convex loss has it, but for rounding
                 self.slots.append(step)
             self.pending = None
@@ -165,36 +167,41 @@ class _Descent:
         """Carry the memory over to another penalty: each change of the gradient gains the difference times its step."""
         for store in self.stores:
             store[MEMORY:-1, :-1].add_(store[:MEMORY, :-1], alpha=penalty - self.penalty)
+        free = (self.basis[:, -1] @ self.basis[:, -1].T).double()  # of b, which is not penalised
+        self.products -= free
+        for i in range(MEMORY):
+            self._combine(MEMORY + i, self._only(MEMORY + i) + (penalty - self.penalty) * self._only(i))
+        self.products += free
         self.penalty, self.pending = penalty, None
         self.loss = self._loss(self.logits)
-        self.products = (self.basis.flatten(1) @ self.partners.flatten(1).T).double()
 
     def _step(self, penalty: float) -> bool:
         """Move along what the memory makes of the gradient; tell whether anything lower was found."""
-        share = self._recursion().to(self.basis.dtype)
+        share = self._recursion()
         for store, along in zip(self.stores, (self.direction, self.image), strict=False):
-            torch.mv(store.flatten(1).T, share, out=along.view(-1))
+            torch.mv(store.flatten(1).T, share.to(store.dtype), out=along.view(-1))
         if self.dual:
             torch.add(self.image[:-1], self.direction[-1], out=self.change)
         else:
             torch.addmm(self.direction[-1], self.rows, self.direction[:-1], out=self.change)
-        descent = (share.double() @ self.products[-1]).item()
+        descent = (share @ self.products[-1]).item()
         shrink = self._inner(self.direction, self.point, self.logits)
         bend = self._inner(self.direction, self.direction, self.change)
         length = self._search(descent, penalty * shrink, penalty * bend)
         if length is None:
             return False
         self.point.add_(self.direction, alpha=-length)
-        self.pending = self.slots.pop(0) if len(self.slots) == MEMORY else self._free()
+        self.pending = step = self.slots.pop(0) if len(self.slots) == MEMORY else self._free()
         for store, along in zip(self.stores, (self.direction, self.image), strict=False):
-            torch.mul(along, -length, out=store[self.pending])
-            torch.neg(store[-1], out=store[MEMORY + self.pending])
+            torch.mul(along, -length, out=store[step])
+            torch.neg(store[-1], out=store[MEMORY + step])
+        self._combine(step, -length * share)
+        self._combine(MEMORY + step, -self._only(-1))
         return True
 
     def _recursion(self) -> Float[Tensor, " m"]:
         """Return the quasi-Newton direction as a combination of the basis."""
-        share = torch.zeros(len(self.products), dtype=torch.float64)
-        share[-1] = 1
+        share = self._only(-1)
         if not self.slots:
             return share / self.products[-1, -1].sqrt()
         turns = {}
@@ -238,16 +245,14 @@ class _Descent:
         """Return the mean loss without penalty and write its derivatives by the logits into `slope`."""
         value, n = 0.0, len(logits)
         for (share, k, base), p in zip(self.branches, (self.slope, self.fused), strict=False):
-            torch.mul(logits, 1.0 if k is None else k, out=p)
-            if base is not None:
-                p += base
-            p -= p.amax(1, keepdim=True)
+            a = logits if base is None else torch.addcmul(base, logits, k, out=p)
+            torch.sub(a, a.amax(1, keepdim=True), out=p)
             truth = p.gather(1, self.y)
             total = p.exp_().sum(1, keepdim=True)
-            value += share / n * (total.log().sum() - truth.sum()).item()
-            p /= total
-            p.scatter_add_(1, self.y, torch.full_like(truth, -1))
-            p *= share / n if k is None else share / n * k
+            value += share / n * (total.log() - truth).sum().item()
+            by = share / n if k is None else share / n * k
+            p *= by / total
+            p.scatter_add_(1, self.y, torch.zeros_like(truth).sub_(by))
         if len(self.branches) == 2:
             self.slope += self.fused
         return value
@@ -258,8 +263,16 @@ class _Descent:
             return _dot(u[:-1], logits_of_v) - (u[:-1].sum(0) @ v[-1]).item()
         return _dot(u[:-1], v[:-1])
 
-    def _multiply(self, i: int) -> None:
-        self.products[i] = self.products[:, i] = torch.mv(self.partners.flatten(1), self.basis[i].flatten()).double()
+    def _combine(self, i: int, share: Float[Tensor, " m"]) -> None:
+        """Bring the products up to date where vector i has become this combination of what the basis was."""
+        inner = share @ self.products
+        inner[i] = inner @ share
+        self.products[i] = self.products[:, i] = inner
+
+    def _only(self, i: int) -> Float[Tensor, " m"]:
+        share = torch.zeros(len(self.products), dtype=torch.float64)
+        share[i] = 1
+        return share
 
     def _free(self) -> int:
         return min(set(range(MEMORY)) - set(self.slots))
@@ -267,3 +280,12 @@ class _Descent:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     return torch.dot(a.flatten(), b.flatten()).item()
+
+
+def _gram(x: Float[Tensor, "n D"], block: int = 256) -> Float[Tensor, "n n"]:
+    """Return X X^T; of each pair of blocks only one is computed."""
+    gram = x.new_empty(len(x), len(x))
+    for i in range(0, len(x), block):
+        torch.mm(x[i : i + block], x[: i + block].T, out=gram[i : i + block, : i + block])
+        gram[:i, i : i + block] = gram[i : i + block, :i].T
+    return gram
