@@ -250,8 +250,8 @@ class ProKeR(JointPredictor):
         rows = split.features(self.features).split(CHUNK)
         return torch.cat([torch.exp(self.sharpness * (part @ self.keys_.T - 1)) @ self.coefficients_ for part in rows])
 
-    def _kernel(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n n"]:
-        return torch.mm(x, x.T).sub_(1).mul_(self.sharpness).exp_()
+    def _kernel(self, x: Float[Tensor, "n D"], out: Float[Tensor, "n n"] | None = None) -> Float[Tensor, "n n"]:
+        return torch.mm(x, x.T, out=out).sub_(1).mul_(self.sharpness).exp_()
 
     @classmethod
     def _fit_together(cls, task: FewShotTask, members: Sequence[ProKeR]) -> None:
@@ -262,11 +262,15 @@ class ProKeR(JointPredictor):
         residual = one_hot(support.y, task.num_classes).to(x_precise.dtype)
         residual -= support.zero_shot / LOGIT_SCALE
         kept = first._kernel(x_precise) if small else None
+        system = x_precise.new_empty(len(x), len(x))
+        factor = system.mT  # by columns, as LAPACK wants it: any other order would be copied
         for member in members:
-            system = (first._kernel(x_precise) if kept is None else kept.clone()).div_(member.penalty)
+            (system.copy_(kept) if small else first._kernel(x_precise, out=system)).div_(member.penalty)
             system.diagonal().add_(1)
-            torch.linalg.cholesky(system, out=system)
-            member.keys_, member.coefficients_ = x, LOGIT_SCALE * torch.cholesky_solve(residual, system).float()
+            torch.linalg.cholesky(factor, out=factor)
+            half = torch.linalg.solve_triangular(factor, residual, upper=False)
+            coefficients = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            member.keys_, member.coefficients_ = x, LOGIT_SCALE * coefficients.float()
 
 
 def over_sharpness(
