@@ -120,9 +120,8 @@ class _Descent:
         self.stores = (self.basis, self.partners) if self.dual else (self.basis,)
         self.direction, self.image = torch.empty_like(self.point), torch.empty_like(self.point)
         self.products = torch.zeros(2 * MEMORY + 1, 2 * MEMORY + 1, dtype=torch.float64)
-        self.slots, self.pending, self.penalty, self.scale = [], None, 0.0, None
+        self.slots, self.pending, self.penalty, self.scale, self.loss = [], None, 0.0, None, None
         self.change, self.reached, self.slope, self.fused = torch.empty(4, n, classes, dtype=x.dtype)
-        self.loss = self._loss(self.logits)
 
     def run(self, penalty: float, tolerance: float, max_evaluations: int) -> tuple[float, int]:
         """Go to the optimum of one penalty; return the norm of the gradient there and the evaluations."""
