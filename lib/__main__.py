@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from lib import runs  # the modules that load torch are imported by the commands that need them
+from lib import runs
+from lib.files import data_root  # the modules that load torch are imported by the commands that need them
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -111,7 +112,7 @@ def _summary(options: argparse.Namespace) -> int:
 
 
 def _encoders(options: argparse.Namespace) -> int:
-    from lib import recipes
+    from lib.features import recipes
 
     found = [name for name in recipes.listed() if all(part.lower() in name.lower() for part in options.parts)]
     print("\n".join(found))
@@ -120,9 +121,9 @@ def _encoders(options: argparse.Namespace) -> int:
 
 
 def _datasets(options: argparse.Namespace) -> int:
-    from lib import datasets, sources
+    from lib.features import datasets, sources
 
-    root = datasets.data_root()
+    root = data_root()
     if options.download:
         sources.download(options.download, root)
     for name in options.names:
@@ -150,7 +151,8 @@ def _datasets(options: argparse.Namespace) -> int:
 
 
 def _extract(options: argparse.Namespace) -> int:
-    from lib import datasets, features
+    from lib import features
+    from lib.features import datasets
 
     for split in options.splits or datasets.load(options.dataset).splits:
         found = features.load_many(
@@ -173,7 +175,8 @@ def _extract(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from lib import features
+    sys.path.insert(0, str(runs.ROOT / "data"))
+    import import_cache as features
 
     names = options.classes.read_text(encoding="utf-8").splitlines() if options.classes else None
     if names is None and options.kind != "npz":

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lib.metrics import accuracy
+
 Rule = Callable[..., Tensor]  # (zero_shot, bias, hyper-parameters) -> fused logits
 CONFIDENCES = ("none", "kurtosis", "entropy", "energy", "max", "max-min", "top5", "std")
 CODE_CONSTANT = 250.0  # what the released code divides the kurtosis by; it was chosen on 1,000 classes
@@ -102,7 +104,7 @@ def uncertainty(
     return found if kind == "std" else (constant / found) ** rho
 
 
-def fixed(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0) -> Float[Tensor, "n C"]:
+def additive(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0) -> Float[Tensor, "n C"]:
     """Return `s0 + beta * bias`."""
     _refuse_non_finite(zero_shot, bias)
     return zero_shot + beta * bias
@@ -110,7 +112,7 @@ def fixed(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: flo
 
 def learned(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"], beta: float = 1.0) -> Float[Tensor, "n C"]:
     """Return `s0 + beta * bias`; methods with this rule take beta from `learn_beta` on the validation images."""
-    return fixed(zero_shot, bias, beta)
+    return additive(zero_shot, bias, beta)
 
 
 def learn_beta(
@@ -298,14 +300,9 @@ def replace(zero_shot: Float[Tensor, "n C"], bias: Float[Tensor, "n C"]) -> Floa
 
 FUSIONS = {
     rule.__name__: rule
-    for rule in (fixed, learned, uncertain, gated, standardised, classwise, wise, dynamic, mixture, replace)
+    for rule in (additive, learned, uncertain, gated, standardised, classwise, wise, dynamic, mixture, replace)
 }
-LINEAR_IN_BETA = (fixed, learned, uncertain, gated, standardised, classwise, wise)  # s0 + beta * something
-
-
-def accuracy(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> float:
-    """Return the share of rows, in [0, 1], whose largest logit is the true class's."""
-    return (logits.argmax(1) == y).float().mean().item()
+LINEAR_IN_BETA = (additive, learned, uncertain, gated, standardised, classwise, wise)  # s0 + beta * something
 
 
 def accuracy_over_beta(

@@ -15,17 +15,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import caches, fusion, peers, predictors, solved, transductive
+from lib import fusion, metrics, predictors
+from lib.predictors import training
 from lib.tasks import PROTOCOLS, FewShotTask, Split
 
+SMALL = 2**21  # zero-shot logits of a support, C^2 K of them; larger tasks fill memory and cores by themselves
 Setting = Mapping[str, object]
 
 
@@ -80,51 +85,51 @@ TIP = {
     "grid": {"sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 3.0, 20, 1.17)},
 }
 METHODS: dict[str, Entry] = {
-    "zero_shot": Entry("Zero-shot CLIP", predictors.NoPredictor, fusion.fixed, "Radford et al., 2021"),
+    "zero_shot": Entry("Zero-shot CLIP", predictors.NoPredictor, fusion.additive, "Radford et al., 2021"),
     "linear_probe": Entry(
         "Linear probe",
-        solved.LinearProbe,
+        predictors.LinearProbe,
         fusion.replace,
         "Radford et al., 2021",
         refit={"inverse_penalty": (10.0, 0.1, 1.0, 100.0, 1000.0)},
     ),
     "clip_adapter": Entry(
         "CLIP-Adapter",
-        peers.CLIPAdapter,
+        predictors.CLIPAdapter,
         fusion.replace,
         "arXiv 2110.04544; repository gaopengcuhk/CLIP-Adapter",
         refit={"ratio": (0.2, 0.6)},
     ),
-    "tip_adapter": Entry("Tip-Adapter", caches.Cache, fusion.fixed, **TIP),
-    "tip_adapter_f": Entry("Tip-Adapter-F", caches.TrainedCache, fusion.fixed, **TIP),
+    "tip_adapter": Entry("Tip-Adapter", predictors.Cache, fusion.additive, **TIP),
+    "tip_adapter_f": Entry("Tip-Adapter-F", predictors.TrainedCache, fusion.additive, **TIP),
     "cafo": Entry(
         "CaFo",
-        caches.SimilarCaches,
-        fusion.fixed,
+        predictors.SimilarCaches,
+        fusion.additive,
         "arXiv 2303.02151; repository OpenGVLab/CaFo, caltech101/16shot.yaml",
         defaults={"beta": 1.3},
         grid={"sharpness": steps(0.1, 12.0, 200, 1.0), "beta": steps(0.1, 5.0, 20, 1.3)},
     ),
-    "taskres": Entry("TaskRes", peers.TaskRes, fusion.replace, "arXiv 2211.10277; repository geekyutao/TaskRes"),
-    "text_probe": Entry("Text-initialised probe", peers.TextProbe, fusion.replace, "arXiv 2312.12730, its ZS-LP"),
+    "taskres": Entry("TaskRes", predictors.TaskRes, fusion.replace, "arXiv 2211.10277; repository geekyutao/TaskRes"),
+    "text_probe": Entry("Text-initialised probe", predictors.TextProbe, fusion.replace, "arXiv 2312.12730, its ZS-LP"),
     "cross_modal": Entry(
         "Cross-modal probe",
-        peers.CrossModal,
+        predictors.CrossModal,
         fusion.replace,
         "arXiv 2301.06267; repository linzhiqiu/cross_modal_adaptation",
     ),
     "gda": Entry(
         "GDA",
-        solved.GDA,
-        fusion.fixed,
+        predictors.GDA,
+        fusion.additive,
         "arXiv 2402.04087; repository mrflogs/ICLR24",
         defaults={"beta": 0.1},
         grid={"beta": (0.1, 1e-4, 1e-3, 0.01, 1.0, 10.0, 100.0)},
     ),
     "ape": Entry(
         "APE",
-        caches.APE,
-        fusion.fixed,
+        predictors.APE,
+        fusion.additive,
         "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
         grid={
             "gamma": steps(0.0, 1.0, 5, 0.1),
@@ -134,28 +139,28 @@ METHODS: dict[str, Entry] = {
     ),
     "lp_plus_plus": Entry(
         "LP++",
-        peers.LPPlusPlus,
+        predictors.LPPlusPlus,
         fusion.replace,
         "arXiv 2404.02285; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline",
     ),
     "clap": Entry(
         "CLAP",
-        peers.TextProbe,
+        predictors.TextProbe,
         fusion.replace,
         "arXiv 2312.12730; repository jusiro/CLAP",
         defaults={"constraint": "l2"},
     ),
     "proker": Entry(
         "ProKeR",
-        caches.ProKeR,
-        fusion.fixed,
+        predictors.ProKeR,
+        fusion.additive,
         "arXiv 2501.11175; repository ybendou/ProKeR at 035b684, whose grid has 20 values of sharpness",
         refit={"sharpness": steps(0.5, 3.5, 6, 1.0), "penalty": steps(0.001, 1.11, 10, 0.1)},
     ),
     "m_adapter": Entry(
         "M-Adapter",
-        transductive.MAdapter,
-        fusion.fixed,
+        predictors.MAdapter,
+        fusion.additive,
         "arXiv 2405.16591; repository WLuLi/CapS-Adapter; the grid is ours",
         grid={
             "sharpness": (5.5, 1.0, 3.0, 8.0),
@@ -166,7 +171,7 @@ METHODS: dict[str, Entry] = {
     ),
     "transclip": Entry(
         "TransCLIP",
-        transductive.TransCLIP,
+        predictors.TransCLIP,
         fusion.replace,
         "arXiv 2406.01837; repository MaxZanella/transduction-for-vlms",
         grid={"gamma": (0.02, 0.002, 0.01, 0.2)},
@@ -188,7 +193,7 @@ METHODS: dict[str, Entry] = {
     ),
     "amu_convex": Entry(
         "AMU-Tuning (convex)",
-        solved.ConvexHead,
+        predictors.ConvexHead,
         fusion.uncertain,
         "arXiv 2404.08958, eq. 8-11, minimised to the optimum",
         defaults={"beta": 5.0},
@@ -207,23 +212,23 @@ METHODS: dict[str, Entry] = {
 
 # Every predictor by name, for triples that nobody published; METHODS says which names the literature uses.
 PREDICTORS: dict[str, type[predictors.Predictor]] = {
-    "linear_probe": solved.LinearProbe,
+    "linear_probe": predictors.LinearProbe,
     "head": predictors.MultiBranchHead,
-    "convex_head": solved.ConvexHead,
+    "convex_head": predictors.ConvexHead,
     "mlp": predictors.MLP,
-    "gda": solved.GDA,
-    "cache": caches.Cache,
-    "trained_cache": caches.TrainedCache,
-    "similar_caches": caches.SimilarCaches,
-    "ape": caches.APE,
-    "proker": caches.ProKeR,
-    "clip_adapter": peers.CLIPAdapter,
-    "taskres": peers.TaskRes,
-    "text_probe": peers.TextProbe,
-    "cross_modal": peers.CrossModal,
-    "lp_plus_plus": peers.LPPlusPlus,
-    "m_adapter": transductive.MAdapter,
-    "transclip": transductive.TransCLIP,
+    "gda": predictors.GDA,
+    "cache": predictors.Cache,
+    "trained_cache": predictors.TrainedCache,
+    "similar_caches": predictors.SimilarCaches,
+    "ape": predictors.APE,
+    "proker": predictors.ProKeR,
+    "clip_adapter": predictors.CLIPAdapter,
+    "taskres": predictors.TaskRes,
+    "text_probe": predictors.TextProbe,
+    "cross_modal": predictors.CrossModal,
+    "lp_plus_plus": predictors.LPPlusPlus,
+    "m_adapter": predictors.MAdapter,
+    "transclip": predictors.TransCLIP,
 }
 ANY_BETA = (1.0, *(10 ** (i / 4) for i in range(-12, 13)))  # biases of all sizes meet all rules in a factorial
 
@@ -300,7 +305,7 @@ class Method:
                 if self._learns_beta():
                     betas = (fusion.learn_beta(val.zero_shot, bias, val.y),)
                 if betas == (None,):
-                    yield chosen, fusion.accuracy(self.entry.fusion(val.zero_shot, bias, **arguments), val.y)
+                    yield chosen, metrics.accuracy(self.entry.fusion(val.zero_shot, bias, **arguments), val.y)
                     continue
                 arguments.pop("beta", None)
                 found = fusion.accuracy_over_beta(
@@ -329,6 +334,76 @@ def build(name: str, protocol: str = "val", **overrides: object) -> Method:
         if key not in entry.arguments():
             raise ValueError(f"{name} has no hyper-parameter {key!r}; {_nearest(key, entry.arguments())}")
     return Method(name, entry, protocol, overrides)
+
+
+def compare(
+    tasks: Iterable[FewShotTask],
+    contestants: Mapping[str, tuple[str, Mapping[str, object]]],
+    protocol: str = "val",
+) -> pd.DataFrame:
+    """Fit every contestant on every task and judge it on the task's test images, small tasks side by side on threads.
+
+    Args:
+        contestants: label -> (name of a method, hyper-parameters to hold).
+        protocol: how the remaining hyper-parameters are chosen, see `methods`.
+
+    Returns:
+        One row per task and contestant: `label`, `task`, `shots`, `seed`, `protocol`, `accuracy` in [0, 1],
+        `chosen` (a dict), `seconds` (of the fit, beside whatever ran then), `correct` (which test images) and `method`
+        (the fitted method).
+    """
+    def fit(pair: tuple[FewShotTask, str]) -> dict[str, object]:
+        task, label = pair
+        name, held = contestants[label]
+        begin = time.perf_counter()
+        method = build(name, protocol, **held).fit(task)
+        seconds = time.perf_counter() - begin
+        right = metrics.correct(method.logits(task.test), task.test.y)
+        row = {"label": label, "task": task.name, "shots": task.shots, "seed": task.seed, "protocol": protocol}
+        row |= {"accuracy": right.float().mean().item(), "chosen": method.chosen_, "seconds": seconds}
+        return row | {"correct": right, "method": method}
+
+    pairs = list(product(tasks, contestants))
+    if any(task.support.zero_shot.numel() > SMALL for task, _ in pairs):  # one at a time needs half of the memory
+        return pd.DataFrame(map(fit, pairs))
+    return pd.DataFrame(training.in_threads(fit, pairs))
+
+
+def compare_fusions(
+    rules: Mapping[str, fusion.Rule],
+    held: Split,
+    held_bias: Float[Tensor, "m C"],
+    test: Split,
+    test_bias: Float[Tensor, "n C"],
+    betas: Sequence[float],
+) -> pd.DataFrame:
+    """Judge one fitted bias under many fusion rules; each takes its beta from the held-out images.
+
+    A few held-out images leave many betas equal; the middle one of the best is taken, which favours no size of bias.
+
+    Args:
+        rules: functions of (zero_shot, bias, beta), of (zero_shot, bias), or `fusion.learned`, which learns its beta.
+        held: the images on which beta is chosen, with the bias there.
+        betas: the values to choose from.
+
+    Returns:
+        One row per rule: `beta` (NaN without one), the accuracies in [0, 1] `held` and `accuracy` (on `test`), and
+        `right`, which test images it classifies correctly.
+    """
+    rows = []
+    for name, rule in rules.items():
+        if rule is fusion.replace:
+            beta, score, fused = math.nan, metrics.accuracy(held_bias, held.y), test_bias
+        else:
+            tried = (fusion.learn_beta(held.zero_shot, held_bias, held.y),) if rule is fusion.learned else tuple(betas)
+            found = fusion.accuracy_over_beta(rule, held.zero_shot, held_bias, held.y, tried)
+            score = max(found)
+            best = sorted(beta for beta, reached in zip(tried, found, strict=True) if reached == score)
+            beta = best[len(best) // 2]
+            fused = rule(test.zero_shot, test_bias, beta=beta)
+        hit = metrics.correct(fused, test.y)
+        rows.append({"fusion": name, "beta": beta, "held": score, "accuracy": hit.float().mean().item(), "correct": hit})
+    return pd.DataFrame(rows).set_index("fusion")
 
 
 def _entry(name: str) -> Entry:

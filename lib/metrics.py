@@ -6,9 +6,8 @@ Accuracies are shares in [0, 1]; notebooks turn them into percent where they are
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations, combinations_with_replacement
+from collections.abc import Mapping
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pandas as pd
@@ -17,11 +16,9 @@ from jaxtyping import Bool, Float, Int64
 from scipy import stats
 from torch import Tensor
 
-from lib import fusion
-from lib.tasks import Split
 
 
-def right(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
+def correct(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
     """Tell which rows are classified correctly.
 
     Raises:
@@ -34,18 +31,21 @@ def right(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Bool[Tensor, 
 
 def accuracy(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> float:
     """Return the share of rows classified correctly, in [0, 1]."""
-    return right(logits, y).float().mean().item()
+    return correct(logits, y).float().mean().item()
 
 
 def class_accuracy(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Float[Tensor, " C"]:
     """Return the accuracy on each class; NaN for a class without images."""
-    return class_means(right(logits, y).float(), y, logits.shape[1])
+    return class_means(correct(logits, y).float(), y, logits.shape[1])
 
 
-def class_means(values: Float[Tensor, " n"], y: Int64[Tensor, " n"], classes: int) -> Float[Tensor, " C"]:
-    """Return the mean of a per-image value over each class; NaN for a class without images."""
-    counts = torch.bincount(y, minlength=classes)
-    return torch.zeros(classes, dtype=values.dtype).index_add_(0, y, values) / counts
+def class_means(
+    values: Float[Tensor, "n *d"], y: Int64[Tensor, " n"], num_classes: int
+) -> Float[Tensor, "C *d"]:
+    """Mean of the rows of each class; NaN for a class without rows."""
+    sums = torch.zeros(num_classes, *values.shape[1:], dtype=values.dtype).index_add_(0, y, values)
+    counts = torch.bincount(y, minlength=num_classes)
+    return sums / counts.view(-1, *[1] * (values.ndim - 1))
 
 
 # --- calibration -----------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def brier(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> float:
 def reliability(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"], bins: int = 15) -> pd.DataFrame:
     """Return confidence, accuracy and count in equal-width bins of the largest probability; empty bins are left out."""
     sure = logits.softmax(1).amax(1).double().numpy()
-    hit = right(logits, y).numpy()
+    hit = correct(logits, y).numpy()
     place = np.minimum((sure * bins).astype(int), bins - 1)
     table = pd.DataFrame({"bin": place, "confidence": sure, "accuracy": hit.astype(float)})
     return table.groupby("bin").agg(
@@ -77,7 +77,7 @@ def reliability(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"], bins: int 
 
 def error_auroc(uncertainty: Float[Tensor, " n"], logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> float:
     """Return the chance that a wrong image is more uncertain than a right one; 0.5 knows nothing, NaN if none errs."""
-    wrong = (~right(logits, y)).numpy()
+    wrong = (~correct(logits, y)).numpy()
     if wrong.all() or not wrong.any():
         return math.nan
     ranks = stats.rankdata(uncertainty.double().numpy())
@@ -93,7 +93,7 @@ def error_auroc_interval(
     With V the share of right images that a wrong one is above, and W the same the other way round, the variance is
     var(V) / #wrong + var(W) / #right        (DeLong et al., 1988)
     """
-    wrong, value = (~right(logits, y)).numpy(), uncertainty.double().numpy()
+    wrong, value = (~correct(logits, y)).numpy(), uncertainty.double().numpy()
     if min(wrong.sum(), (~wrong).sum()) < 2:
         return error_auroc(uncertainty, logits, y), math.nan
     place, own = stats.rankdata(value), np.empty(len(value))
@@ -178,7 +178,7 @@ def repaired_and_broken(
     zero_shot: Float[Tensor, "n C"], fused: Float[Tensor, "n C"], y: Int64[Tensor, " n"]
 ) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " b"]]:
     """Return the rows that only the fused logits get right, and those that only the zero-shot logits do."""
-    before, after = right(zero_shot, y), right(fused, y)
+    before, after = correct(zero_shot, y), correct(fused, y)
     return torch.nonzero(after & ~before)[:, 0], torch.nonzero(before & ~after)[:, 0]
 
 
@@ -203,195 +203,8 @@ def cka_table(spaces: Mapping[str, Float[Tensor, "n _"]]) -> pd.DataFrame:
     return table
 
 
-def shapley(value: Callable[[frozenset[str]], float], players: Sequence[str]) -> dict[str, float]:
-    """Return each player's share of `value(all) - value(none)`: its marginal gain averaged over all orders.
-
-    Args:
-        value: the worth of a coalition, the accuracy of a method in which only these parts are switched on.
-    """
-    n, worth = len(players), {}
-    for size in range(n + 1):
-        worth |= {frozenset(c): value(frozenset(c)) for c in combinations(players, size)}
-    shares = {}
-    for player in players:
-        others = [p for p in players if p != player]
-        shares[player] = sum(
-            (worth[frozenset(c) | {player}] - worth[frozenset(c)])
-            * math.factorial(size)
-            * math.factorial(n - size - 1)
-            / math.factorial(n)
-            for size in range(n)
-            for c in combinations(others, size)
-        )
-    return shares
-
-
-# --- significance ----------------------------------------------------------------------------------------------
-
-
-def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> tuple[float, float]:
-    """Return the mean and the half-width of its t interval; the width of a single value is NaN."""
-    found = np.asarray(values, dtype=float)
-    if len(found) < 2:
-        return float(found.mean()), math.nan
-    return float(found.mean()), float(stats.t.ppf((1 + level) / 2, len(found) - 1) * stats.sem(found))
-
-
-def paired_bootstrap(
-    first: Bool[Tensor, "s n"],
-    second: Bool[Tensor, "s n"],
-    generator: np.random.Generator,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> dict[str, float]:
-    """Compare two classifiers on the same images and seeds; images and seeds are both drawn again.
-
-    Args:
-        first, second: which images each gets right, one row per seed.
-
-    Returns:
-        `difference` of the accuracies (first - second), its interval `low`, `high`, and `p`, two-sided.
-    """
-    gap = first.float().numpy() - second.float().numpy()
-    seeds, n = gap.shape
-    draws = np.empty(resamples)
-    for i in range(resamples):
-        images = generator.integers(n, size=n)
-        draws[i] = gap[generator.integers(seeds, size=seeds)].mean(axis=0)[images].mean()
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    p = min(1.0, 2 * (1 + min((draws <= 0).sum(), (draws >= 0).sum())) / (1 + resamples))
-    return {"difference": float(gap.mean()), "low": float(low), "high": float(high), "p": float(p)}
-
-
-def signed_rank_table(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Compare every column with one of them by Wilcoxon's signed-rank test, corrected by Holm for their number.
-
-    Args:
-        scores: one row per block (data set x shots x seed), one column per method.
-
-    Returns:
-        One row per other method: mean `difference` to the reference, `p`, `p_holm`, and `verdict` at 5 %:
-        better, worse or tie.
-    """
-    rows = []
-    for name in scores.columns.drop(reference):
-        gap = (scores[name] - scores[reference]).dropna()
-        p = 1.0 if (gap == 0).all() else float(stats.wilcoxon(gap).pvalue)
-        rows.append({"method": name, "difference": gap.mean(), "p": p})
-    table = pd.DataFrame(rows).set_index("method")
-    table["p_holm"] = holm(table["p"].to_numpy())
-    sure = table["p_holm"] < 0.05
-    table["verdict"] = np.where(~sure, "tie", np.where(table["difference"] > 0, "better", "worse"))
-    return table
-
-
-def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return p-values corrected by Holm's step-down rule for the number of comparisons."""
-    found = np.asarray(p, dtype=float)
-    order = np.argsort(found)
-    stepped = np.maximum.accumulate(found[order] * (len(found) - np.arange(len(found))))
-    corrected = np.empty_like(found)
-    corrected[order] = np.minimum(stepped, 1.0)
-    return corrected
-
-
-def mean_ranks(scores: pd.DataFrame, level: float = 0.95) -> tuple[pd.Series, float]:
-    """Return each method's mean rank over the blocks (1 is best) and Nemenyi's critical difference.
-
-    CD = q sqrt(k (k + 1) / (6 N)), q the studentised range over sqrt(2)        (Demsar, 2006)
-    """
-    blocks, k = scores.shape
-    ranks = scores.rank(axis=1, ascending=False).mean()
-    quantile = stats.studentized_range.ppf(level, k, np.inf) / math.sqrt(2)
-    return ranks.sort_values(), float(quantile * math.sqrt(k * (k + 1) / (6 * blocks)))
-
-
-def cliques(ranks: pd.Series, difference: float) -> list[tuple[str, ...]]:
-    """Return the largest groups of methods whose mean ranks lie within the critical difference."""
-    names = list(ranks.sort_values().index)
-    groups = []
-    for i, first in enumerate(names):
-        group = tuple(name for name in names[i:] if ranks[name] - ranks[first] <= difference)
-        if len(group) > 1 and (not groups or not set(group) <= set(groups[-1])):
-            groups.append(group)
-    return groups
-
-
-# --- the workbook's own comparisons --------------------------------------------------------------------------------
-
-
-def judge_fusions(
-    rules: Mapping[str, fusion.Rule],
-    held: Split,
-    held_bias: Float[Tensor, "m C"],
-    test: Split,
-    test_bias: Float[Tensor, "n C"],
-    betas: Sequence[float],
-) -> pd.DataFrame:
-    """Judge one fitted bias under many fusion rules; each takes its beta from the held-out images.
-
-    A few held-out images leave many betas equal; the middle one of the best is taken, which favours no size of bias.
-
-    Args:
-        rules: functions of (zero_shot, bias, beta), of (zero_shot, bias), or `fusion.learned`, which learns its beta.
-        held: the images on which beta is chosen, with the bias there.
-        betas: the values to choose from.
-
-    Returns:
-        One row per rule: `beta` (NaN without one), the accuracies in [0, 1] `held` and `accuracy` (on `test`), and
-        `right`, which test images it classifies correctly.
-    """
-    rows = []
-    for name, rule in rules.items():
-        if rule is fusion.replace:
-            beta, score, fused = math.nan, accuracy(held_bias, held.y), test_bias
-        else:
-            tried = (fusion.learn_beta(held.zero_shot, held_bias, held.y),) if rule is fusion.learned else tuple(betas)
-            found = fusion.accuracy_over_beta(rule, held.zero_shot, held_bias, held.y, tried)
-            score = max(found)
-            best = sorted(beta for beta, reached in zip(tried, found, strict=True) if reached == score)
-            beta = best[len(best) // 2]
-            fused = rule(test.zero_shot, test_bias, beta=beta)
-        hit = right(fused, test.y)
-        rows.append({"fusion": name, "beta": beta, "held": score, "accuracy": hit.float().mean().item(), "right": hit})
-    return pd.DataFrame(rows).set_index("fusion")
-
-
 def count_numbers(values: object) -> int:
     """Return how many numbers a tensor, or any nesting of lists of tensors, holds."""
     if isinstance(values, Tensor):
         return values.numel()
     return sum(count_numbers(value) for value in values)
-
-
-def published_backbone(encoder: str) -> str:
-    """Return the name under which tables publish one of OpenAI's image towers, `RN50` or `ViT-B/16`; else ``.
-
-    An encoder's name counts (`open_clip:ViT-B-16-quickgelu/openai`) and so does a bank's file name (`clip_vit_b16`).
-    """
-    found = re.fullmatch(r"open_clip:(RN\d+|ViT-[BL]-\d+)(?:-quickgelu)?/openai", encoder)
-    found = found or re.fullmatch(r"clip[_-](RN\d+|ViT[_-]?[BL][_-]?\d+)", encoder, re.IGNORECASE)
-    if not found:
-        return ""
-    kind, size, patch = re.fullmatch(r"(RN|VIT)[_-]?([BL]?)[_-]?(\d+)", found[1].upper()).groups()
-    return f"RN{patch}" if kind == "RN" else f"ViT-{size}/{patch}"
-
-
-def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """Put our accuracies beside the published ones of the same method, data set, backbone and number of shots.
-
-    Args:
-        ours: one row per result: `method` (as titled in `methods.METHODS`), `dataset`, `backbone` (as published),
-            `shots` and `mean`, in %.
-        published: rows of data/published.csv. Zero-shot CLIP stands there at 0 shots and is compared at any.
-
-    Returns:
-        The rows that agree, with `value`, `source`, `table` and `difference` (ours - published, in points).
-    """
-    theirs = published[published["metric"] == "accuracy"].replace({"method": {"LP-CLIP": "Linear probe"}})
-    theirs = theirs.astype({"shots": int})[["source", "table", "method", "dataset", "clip_backbone", "shots", "value"]]
-    theirs = theirs.rename(columns={"clip_backbone": "backbone"})
-    keys = ["method", "dataset", "backbone", "shots"]
-    asked = ours.assign(shots_run=ours["shots"], shots=ours["shots"].where(ours["method"] != "Zero-shot CLIP", 0))
-    joined = asked.merge(theirs, on=keys).assign(difference=lambda rows: rows["mean"] - rows["value"])
-    return joined.assign(shots=joined["shots_run"]).drop(columns="shots_run")

@@ -14,28 +14,27 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lib.files import ROOT, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from lib.tasks import FewShotTask
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 VERSIONED = ("torch", "open_clip_torch", "timm", "numpy", "scikit-learn", "papermill")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-SMALL = 2**21  # zero-shot logits of a support, C^2 K of them; larger tasks fill memory and cores by themselves
 TIMEOUT_S = 3600  # per cell; a cell that takes longer hangs
 
 
@@ -212,18 +211,6 @@ def read_records(folder: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("metrics.json"))]
 
 
-def write_json(path: Path, value: object) -> Path:
-    """Write JSON so that the file is either the old one or the whole new one; NaN is refused."""
-    text = json.dumps(value, indent=1, allow_nan=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path
-
-
 def commit() -> str:
     """Return the commit of the workbook, with `+` when files differ from it; empty outside a checkout."""
     try:
@@ -234,48 +221,11 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def compare(
-    tasks: Iterable[FewShotTask],
-    contestants: Mapping[str, tuple[str, Mapping[str, object]]],
-    protocol: str = "val",
-) -> pd.DataFrame:
-    """Fit every contestant on every task and judge it on the task's test images, small tasks side by side on threads.
-
-    Args:
-        contestants: label -> (name of a method, hyper-parameters to hold).
-        protocol: how the remaining hyper-parameters are chosen, see `methods`.
-
-    Returns:
-        One row per task and contestant: `label`, `task`, `shots`, `seed`, `protocol`, `accuracy` in [0, 1],
-        `chosen` (a dict), `seconds` (of the fit, beside whatever ran then), `right` (which test images) and `method`
-        (the fitted method).
-    """
-    import pandas as pd
-
-    from lib import methods, metrics, training
-
-    def fit(pair: tuple[FewShotTask, str]) -> dict[str, object]:
-        task, label = pair
-        name, held = contestants[label]
-        begin = time.perf_counter()
-        method = methods.build(name, protocol, **held).fit(task)
-        seconds = time.perf_counter() - begin
-        right = metrics.right(method.logits(task.test), task.test.y)
-        row = {"label": label, "task": task.name, "shots": task.shots, "seed": task.seed, "protocol": protocol}
-        row |= {"accuracy": right.float().mean().item(), "chosen": method.chosen_, "seconds": seconds}
-        return row | {"right": right, "method": method}
-
-    pairs = list(product(tasks, contestants))
-    if any(task.support.zero_shot.numel() > SMALL for task, _ in pairs):  # one at a time needs half of the memory
-        return pd.DataFrame(map(fit, pairs))
-    return pd.DataFrame(training.in_threads(fit, pairs))
-
-
 def interval_table(results: pd.DataFrame) -> pd.DataFrame:
     """Return mean accuracy and half-width of its 95 % interval over seeds, in %, per label and number of shots."""
     import pandas as pd
 
-    from lib.metrics import mean_interval
+    from lib.statistics import mean_interval
 
     rows = [
         {"label": label, "shots": shots, "mean": 100 * mean, "half": 100 * half}
@@ -283,3 +233,36 @@ def interval_table(results: pd.DataFrame) -> pd.DataFrame:
         for mean, half in [mean_interval(group["accuracy"])]
     ]
     return pd.DataFrame(rows)
+
+
+def published_backbone(encoder: str) -> str:
+    """Return the name under which tables publish one of OpenAI's image towers, `RN50` or `ViT-B/16`; else ``.
+
+    An encoder's name counts (`open_clip:ViT-B-16-quickgelu/openai`) and so does a bank's file name (`clip_vit_b16`).
+    """
+    found = re.fullmatch(r"open_clip:(RN\d+|ViT-[BL]-\d+)(?:-quickgelu)?/openai", encoder)
+    found = found or re.fullmatch(r"clip[_-](RN\d+|ViT[_-]?[BL][_-]?\d+)", encoder, re.IGNORECASE)
+    if not found:
+        return ""
+    kind, size, patch = re.fullmatch(r"(RN|VIT)[_-]?([BL]?)[_-]?(\d+)", found[1].upper()).groups()
+    return f"RN{patch}" if kind == "RN" else f"ViT-{size}/{patch}"
+
+
+def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Put our accuracies beside the published ones of the same method, data set, backbone and number of shots.
+
+    Args:
+        ours: one row per result: `method` (as titled in `methods.METHODS`), `dataset`, `backbone` (as published),
+            `shots` and `mean`, in %.
+        published: rows of data/published.csv. Zero-shot CLIP stands there at 0 shots and is compared at any.
+
+    Returns:
+        The rows that agree, with `value`, `source`, `table` and `difference` (ours - published, in points).
+    """
+    theirs = published[published["metric"] == "accuracy"].replace({"method": {"LP-CLIP": "Linear probe"}})
+    theirs = theirs.astype({"shots": int})[["source", "table", "method", "dataset", "clip_backbone", "shots", "value"]]
+    theirs = theirs.rename(columns={"clip_backbone": "backbone"})
+    keys = ["method", "dataset", "backbone", "shots"]
+    asked = ours.assign(shots_run=ours["shots"], shots=ours["shots"].where(ours["method"] != "Zero-shot CLIP", 0))
+    joined = asked.merge(theirs, on=keys).assign(difference=lambda rows: rows["mean"] - rows["value"])
+    return joined.assign(shots=joined["shots_run"]).drop(columns="shots_run")

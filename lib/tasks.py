@@ -140,7 +140,7 @@ class FewShotTask:
 
 
 @dataclass(frozen=True)
-class Bank:
+class TaskSource:
     """All features of one data set under one CLIP and one auxiliary encoder, from which tasks are drawn.
 
     `clip` and `aux` hold `train`, `val`, `test`, and, where they were asked for, `views` of shape [V, n, D]; `aux` one
@@ -170,7 +170,7 @@ def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, 
     return clips[0] if clip == "auto" else clip, tuple(known) if aux == "auto" else tuple(aux.split("+"))
 
 
-def load_bank(
+def load_source(
     dataset: str,
     clip: str = "auto",
     aux: str = "auto",
@@ -180,7 +180,7 @@ def load_bank(
     device: str = "auto",
     precision: str = "fp32",
     **extraction: object,
-) -> Bank:
+) -> TaskSource:
     """Load (or extract once) the features of a data set.
 
     Args:
@@ -209,10 +209,10 @@ def load_bank(
         clip_parts[part], aux_parts[part] = first, rest
         prints |= {f"{part}/{f.backbone}": f.fingerprint for f in (first, *rest)}
     index = features.bank_shot_index(dataset) if dataset.startswith("features:") else None
-    return Bank(dataset, clip_parts, aux_parts, text, index, (clip, "+".join(auxiliaries)), prints)
+    return TaskSource(dataset, clip_parts, aux_parts, text, index, (clip, "+".join(auxiliaries)), prints)
 
 
-def sample(bank: Bank, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
+def sample(bank: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
     """Draw a K-shot task: nested in `shots` (the 4 shots of a seed contain its 2 shots), stratified by class.
 
     Args:

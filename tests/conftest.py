@@ -1,17 +1,19 @@
 """Checks of shapes and types are switched on before anything of `lib` is imported."""
 
 import os
+import sys
 from pathlib import Path
 
 from jaxtyping import install_import_hook
 
 install_import_hook("lib", "beartype.beartype")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "data"), str(ROOT / "data" / "embedded")]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -71,7 +73,7 @@ def embedded(tmp_path_factory):
 @pytest.fixture
 def small_encoders(embedded, monkeypatch, tmp_path):
     """Let `embedded:` mean those encoders, and the cache a folder of the test's own."""
-    from lib import recipes
+    from lib.features import recipes
 
     monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", embedded)
     monkeypatch.setenv("LOGIT_BIAS_CACHE", str(tmp_path / "cache"))

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from small_models import TINY, photo, tiny_clip, write_embedded
 from torch import nn
 
-from lib import backbones, recipes
+from lib.features import encoders as backbones
+from lib.features import recipes
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from PIL import Image
 from scipy.io import savemat
 from small_models import photo, write_folder
 
-from lib import datasets, images, sources
+from lib import features
+from lib.features import datasets, images, sources
 from lib.__main__ import main
 
 TEN = [name for name, card in sources.cards().items() if card["family"] == "benchmark"]

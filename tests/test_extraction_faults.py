@@ -16,7 +16,9 @@ from conftest import ROOT
 from PIL import Image
 from small_models import write_folder
 
-from lib import backbones, extraction, features
+from lib import features
+from lib.features import encoders as backbones
+from lib.features import extraction
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 needs_fork = pytest.mark.skipif(FORK is None, reason="fork is safe with torch on Linux only")

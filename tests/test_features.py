@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from small_models import write_folder
 from torch.nn.functional import normalize
 
-from lib import backbones, banks, datasets, extraction, features, images, recipes
+from lib import features
+from lib.features import encoders as backbones
+from lib.features import banks, datasets, extraction, images, recipes
 from lib.__main__ import main
 
 
@@ -415,7 +417,7 @@ def write_tip_adapter(folder, shots=2, classes=4, dim=6, extra=""):
 def test_a_tip_adapter_folder_becomes_a_bank(tmp_path):
     keys = write_tip_adapter(tmp_path / "cache-folder")
     names = ["a", "b", "c", "d"]
-    made = features.import_tip_adapter(
+    made = import_cache.import_tip_adapter(
         tmp_path / "cache-folder", tmp_path / "bank", shots=2, class_names=names, text=torch.randn(4, 6)
     )
     found = features.load(f"features:{made}", "train", "clip")
@@ -429,7 +431,7 @@ def test_a_tip_adapter_folder_is_not_believed(tmp_path):
 
     def importing(message):
         with pytest.raises(ValueError, match=message):
-            features.import_tip_adapter(source, tmp_path / "bank", shots=2, class_names=names)
+            import_cache.import_tip_adapter(source, tmp_path / "bank", shots=2, class_names=names)
 
     write_tip_adapter(source)
     importing_of = source / "keys_2shots.pt"
@@ -462,18 +464,18 @@ def test_amu_tunings_folder_becomes_a_bank(tmp_path):
     torch.save(torch.randn(6, 11), source / "aux_feature_2shots.pt")
     torch.save(y, source / "aux_labels_2shots.pt")
     names = ["a", "b", "c"]
-    made = features.import_amu(source, tmp_path / "bank", shots=2, class_names=names)
+    made = import_cache.import_amu(source, tmp_path / "bank", shots=2, class_names=names)
     assert features.load(f"features:{made}", "train", "aux").x.shape == (6, 11)
     with pytest.raises(ValueError, match="has no split 'train'; it has test"):
         features.load(f"features:{made}", "train", "clip")
     keys = write_tip_adapter(tmp_path / "tip", classes=3)
-    made = features.import_amu(
+    made = import_cache.import_amu(
         source, tmp_path / "whole", shots=2, class_names=names, clip_keys=tmp_path / "tip" / "keys_2shots.pt"
     )
     assert torch.equal(features.load(f"features:{made}", "train", "clip").x, keys.T.float())
     torch.save(test.flip(0), source / "aux_test_l.pt")
     with pytest.raises(ValueError, match=r"clip_test_l.pt and aux_test_l.pt hold different labels"):
-        features.import_amu(source, tmp_path / "third", shots=2, class_names=names)
+        import_cache.import_amu(source, tmp_path / "third", shots=2, class_names=names)
 
 
 def test_npz_files_become_a_bank(tmp_path):
@@ -486,20 +488,20 @@ def test_npz_files_become_a_bank(tmp_path):
     np.savez(
         tmp_path / "aux.npz", X_train=rng.normal(size=(6, 7)), X_test=rng.normal(size=(9, 7)), y_test=np.arange(9) % 3
     )
-    made = features.import_npz(tmp_path / "clip.npz", tmp_path / "bank", aux=tmp_path / "aux.npz")
+    made = import_cache.import_npz(tmp_path / "clip.npz", tmp_path / "bank", aux=tmp_path / "aux.npz")
     found = features.load(f"features:{made}", "test", "clip")
     assert torch.equal(found.x, torch.from_numpy(arrays["test_features"])) and found.classnames == ("x", "y", "z")
     assert features.load(f"features:{made}", "test", "aux").x.shape == (9, 7)
     assert features.load_text(f"features:{made}", "clip").x.dtype == torch.float32
     np.savez(tmp_path / "aux.npz", X_test=rng.normal(size=(9, 7)), y_test=np.zeros(9))
     with pytest.raises(ValueError, match=r"labels of test differ between clip.npz and aux.npz"):
-        features.import_npz(tmp_path / "clip.npz", tmp_path / "other", aux=tmp_path / "aux.npz")
+        import_cache.import_npz(tmp_path / "clip.npz", tmp_path / "other", aux=tmp_path / "aux.npz")
     np.savez(tmp_path / "odd.npz", pixels=np.zeros(3))
     with pytest.raises(ValueError, match="no arrays such as train_features; it has pixels"):
-        features.import_npz(tmp_path / "odd.npz", tmp_path / "other")
+        import_cache.import_npz(tmp_path / "odd.npz", tmp_path / "other")
     np.savez(tmp_path / "pickled.npz", train_features=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="cannot be read as npz"):
-        features.import_npz(tmp_path / "pickled.npz", tmp_path / "other")
+        import_cache.import_npz(tmp_path / "pickled.npz", tmp_path / "other")
 
 
 def test_the_command_line_extracts_and_imports(own, tmp_path, capsys):
@@ -530,7 +532,7 @@ def test_the_real_tip_adapter_folder_becomes_a_bank(tmp_path):
     if not source.exists():
         pytest.skip("the real cache folder is not on this machine")
     names = [f"texture {i}" for i in range(47)]
-    made = f"features:{features.import_tip_adapter(source, tmp_path / 'bank', shots=1, class_names=names)}"
+    made = f"features:{import_cache.import_tip_adapter(source, tmp_path / 'bank', shots=1, class_names=names)}"
     support = features.load(made, "train", "clip")
     promised = json.loads((source / "meta.json").read_text())["expected"]["K1"]["nearest_key"]
     for split in ("test", "val"):

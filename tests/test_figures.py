@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import figures, metrics
+from lib import figures, statistics
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_heat_map_writes_its_numbers_and_leaves_gaps_empty(ax):
 def test_a_critical_difference_diagram_names_every_method_with_its_rank(ax):
     ranks = pd.Series({"a": 1.2, "b": 1.9, "c": 2.9})
     labels = {name: (name.upper(), "k") for name in ranks.index}
-    figures.critical_difference(ax, ranks, 1.0, metrics.cliques(ranks, 1.0), labels)
+    figures.critical_difference(ax, ranks, 1.0, statistics.cliques(ranks, 1.0), labels)
     texts = " ".join(text.get_text() for text in ax.texts)
     assert all(piece in texts for piece in ("1.2  A", "1.9  B", "C  2.9", "critical difference 1.0"))
     assert ax.get_xlim()[0] > ax.get_xlim()[1], "the best stands on the right"

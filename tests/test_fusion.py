@@ -6,7 +6,7 @@ import authors
 import pytest
 import torch
 
-from lib import fusion
+from lib import fusion, metrics
 
 THEIRS = {"moment": "kurtosis", "var": "std"}  # the code's names for two of our confidences
 
@@ -43,7 +43,7 @@ def test_similarity_agrees_with_cafo(norm):
     caches = torch.stack([cafo["clip_cache_logits_test"], cafo["aux_cache_logits_test"]])
     fused = fusion.similarity(cafo["zs_logits_test"], caches, norm)
     assert authors.error(fused, cafo[f"{norm}/fused"]) < 1e-4
-    assert authors.error(fusion.fixed(cafo["zs_logits_test"], fused, 1.3), cafo[f"{norm}/final_logits"]) < 1e-4
+    assert authors.error(fusion.additive(cafo["zs_logits_test"], fused, 1.3), cafo[f"{norm}/final_logits"]) < 1e-4
 
 
 def test_classwise_agrees_with_luminet():
@@ -153,7 +153,7 @@ def test_one_pass_over_beta_is_the_plain_loop(rule, ties, logits):
         zero_shot, bias = zero_shot.round(), bias.round()
     betas = [0.0, 1.0, 2.0, *torch.logspace(-4, 3, 60).tolist()]
     found = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert found == [fusion.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    assert found == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
 
 
 def test_one_pass_over_beta_takes_rules_with_their_settings(logits):
@@ -161,7 +161,7 @@ def test_one_pass_over_beta_takes_rules_with_their_settings(logits):
     rule = partial(fusion.uncertain, confidence="max", rho=1.0)
     betas = torch.linspace(0, 50, 30).tolist()
     found = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert found == [fusion.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    assert found == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
     assert len(set(found)) > 3
 
 

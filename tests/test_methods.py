@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lib import fusion, methods
+from lib import fusion, methods, metrics
 
 BRIEF = {
     "aux_only": {"epochs": 3},
@@ -82,7 +82,7 @@ def test_the_choice_is_the_plain_search(name, make_task):
     for refit in methods._settings(short):
         for setting in methods._settings(grid):
             plain = methods.Method(name, entry, "val", BRIEF.get(name, {}) | refit | setting).fit(task)
-            accuracy = fusion.accuracy(plain.logits(task.val), task.val.y)
+            accuracy = metrics.accuracy(plain.logits(task.val), task.val.y)
             if accuracy > best:
                 best, chosen = accuracy, refit | setting
     assert method.chosen_ == chosen

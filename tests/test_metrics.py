@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from lib import fusion, metrics
+from lib import fusion, methods, metrics, runs, statistics
 
 
 def test_accuracy_and_class_accuracy():
@@ -101,42 +101,42 @@ def test_the_papers_rule_takes_what_is_high_in_both():
 
 
 def test_shapley_shares_add_up_and_split_an_interaction_evenly():
-    shares = metrics.shapley(lambda on: 3.0 * ("a" in on) + 2.0 * ({"a", "b"} <= on), ["a", "b", "c"])
+    shares = statistics.shapley(lambda on: 3.0 * ("a" in on) + 2.0 * ({"a", "b"} <= on), ["a", "b", "c"])
     assert shares == pytest.approx({"a": 4, "b": 1, "c": 0})
 
 
 def test_mean_interval_is_the_t_interval():
-    mean, half = metrics.mean_interval([1.0, 2.0, 3.0])
+    mean, half = statistics.mean_interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
-    assert math.isnan(metrics.mean_interval([1.0])[1])
+    assert math.isnan(statistics.mean_interval([1.0])[1])
 
 
 def test_paired_bootstrap_sees_a_clear_difference_and_no_difference():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.random((3, 500)) < 0.6)
     better = base | torch.from_numpy(rng.random((3, 500)) < 0.2)
-    clear = metrics.paired_bootstrap(better, base, rng)
+    clear = statistics.paired_bootstrap(better, base, rng)
     assert clear["low"] > 0 and clear["p"] < 0.01
-    assert metrics.paired_bootstrap(base, base, rng)["difference"] == 0
+    assert statistics.paired_bootstrap(base, base, rng)["difference"] == 0
     shuffled = base[:, torch.randperm(500, generator=torch.Generator().manual_seed(0))]
-    assert metrics.paired_bootstrap(shuffled, base, rng)["p"] > 0.2
+    assert statistics.paired_bootstrap(shuffled, base, rng)["p"] > 0.2
 
 
 def test_holm_and_signed_rank():
-    assert metrics.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
     rng = np.random.default_rng(0)
     base = rng.random(20)
     scores = pd.DataFrame({"amu": base, "worse": base - 0.1 - 0.01 * rng.random(20), "same": base})
-    assert metrics.signed_rank_table(scores, "amu")["verdict"].to_dict() == {"worse": "worse", "same": "tie"}
+    assert statistics.signed_rank_table(scores, "amu")["verdict"].to_dict() == {"worse": "worse", "same": "tie"}
 
 
 def test_mean_ranks_and_cliques():
     scores = pd.DataFrame({"a": [3.0, 3, 3], "b": [2.0, 2, 2], "c": [1.0, 1, 1]})
-    ranks, difference = metrics.mean_ranks(scores)
+    ranks, difference = statistics.mean_ranks(scores)
     assert ranks.to_dict() == {"a": 1, "b": 2, "c": 3}
     assert difference == pytest.approx(2.3437 * math.sqrt(12 / 18), abs=1e-3)
-    assert metrics.cliques(ranks, 1.0) == [("a", "b"), ("b", "c")]
-    assert metrics.cliques(ranks, 0.5) == []
+    assert statistics.cliques(ranks, 1.0) == [("a", "b"), ("b", "c")]
+    assert statistics.cliques(ranks, 0.5) == []
 
 
 def test_judging_fusions_takes_beta_from_the_held_out_images_alone(make_task):
@@ -144,17 +144,17 @@ def test_judging_fusions_takes_beta_from_the_held_out_images_alone(make_task):
     on, test = task.val, task.test
     bias = [split.aux @ split.aux.new_ones(task.support.aux.shape[1], 4).cumsum(1) for split in (on, test)]
     rules = {name: fusion.FUSIONS[name] for name in ("fixed", "learned", "wise", "replace")}
-    found = metrics.judge_fusions(rules, on, bias[0], test, bias[1], (1.0, 0.0, 0.5))
+    found = methods.compare_fusions(rules, on, bias[0], test, bias[1], (1.0, 0.0, 0.5))
     assert list(found.index) == list(rules) and math.isnan(found["beta"]["replace"])
     for name, row in found.drop("replace").iterrows():
         assert row["held"] == metrics.accuracy(rules[name](on.zero_shot, bias[0], row["beta"]), on.y)
         assert row["accuracy"] == metrics.accuracy(rules[name](test.zero_shot, bias[1], row["beta"]), test.y)
     assert found["held"]["fixed"] == max(metrics.accuracy(on.zero_shot + b * bias[0], on.y) for b in (0.0, 0.5, 1.0))
     assert found["accuracy"]["replace"] == metrics.accuracy(bias[1], test.y)
-    flat = metrics.judge_fusions({"fixed": fusion.fixed}, on, 0 * bias[0], test, bias[1], (1.0, 0.01, 5.0, 0.2, 9.0))
+    flat = methods.compare_fusions({"fixed": fusion.additive}, on, 0 * bias[0], test, bias[1], (1.0, 0.01, 5.0, 0.2, 9.0))
     assert flat["beta"]["fixed"] == 1.0, "the middle of equals"
     relabelled = replace(test, y=(test.y + 1) % 4)
-    again = metrics.judge_fusions(rules, on, bias[0], relabelled, bias[1], (1.0, 0.0, 0.5))
+    again = methods.compare_fusions(rules, on, bias[0], relabelled, bias[1], (1.0, 0.0, 0.5))
     assert again["beta"].dropna().tolist() == found["beta"].dropna().tolist()
 
 
@@ -174,7 +174,7 @@ def test_published_backbones_are_openais_only():
         "clip_RN101": "RN101",
         "clip": "",
     }
-    assert {name: metrics.published_backbone(name) for name in names} == names
+    assert {name: runs.published_backbone(name) for name in names} == names
 
 
 def test_published_numbers_are_joined_only_where_everything_agrees():
@@ -198,12 +198,12 @@ def test_published_numbers_are_joined_only_where_everything_agrees():
         ],
         columns=["method", "dataset", "backbone", "shots", "mean"],
     )
-    joined = metrics.join_published(ours, published).set_index("method")
+    joined = runs.join_published(ours, published).set_index("method")
     assert joined["difference"].round(2).to_dict() == {
         "AMU-Tuning": -1.02,
         "Linear probe": -0.17,
         "Zero-shot CLIP": -0.33,
     }
     assert joined["shots"].to_dict() == {"AMU-Tuning": 16, "Linear probe": 1, "Zero-shot CLIP": 4}
-    nothing = metrics.join_published(ours.assign(backbone=""), published)
+    nothing = runs.join_published(ours.assign(backbone=""), published)
     assert len(nothing) == 0 and "difference" in nothing

@@ -6,7 +6,8 @@ import authors
 import pytest
 import torch
 
-from lib import caches, fusion, methods, peers, solved, transductive
+from lib import fusion, methods, metrics, predictors
+from lib.predictors import caches, heads, text, transductive
 from lib.tasks import FewShotTask
 
 CLOSE = 1e-4  # relative to the spread of the reference
@@ -25,7 +26,7 @@ def seeing(predictor, orders):
 @pytest.mark.parametrize(("key", "sharpness", "beta"), [("fixed0", 1.0, 1.17), ("fixed1", 5.5, 2.0)])
 def test_cache_is_tip_adapters(task, key, sharpness, beta):
     theirs = authors.outputs("tip_adapter")
-    votes = caches.Cache(sharpness=sharpness).fit(task).logits(task.test)
+    votes = predictors.Cache(sharpness=sharpness).fit(task).logits(task.test)
     assert authors.error(votes, theirs[f"{key}/cache_logits_test"]) < CLOSE
     assert authors.error(task.test.zero_shot + beta * votes, theirs[f"{key}/tip_logits_test"]) < CLOSE
 
@@ -33,7 +34,7 @@ def test_cache_is_tip_adapters(task, key, sharpness, beta):
 @pytest.mark.parametrize("trained", [False, True])
 def test_grid_of_tip_adapter_agrees_in_every_cell(task, trained):
     theirs = authors.outputs("tip_adapter")
-    cache = caches.Cache().fit(task)
+    cache = predictors.Cache().fit(task)
     if trained:
         cache.keys_ = theirs["F/keys_best_epoch"]
     betas = theirs["alpha_list"].tolist()
@@ -41,7 +42,7 @@ def test_grid_of_tip_adapter_agrees_in_every_cell(task, trained):
     val = task.val
     grid = torch.tensor(
         [
-            fusion.accuracy_over_beta(fusion.fixed, val.zero_shot, votes, val.y, betas)
+            fusion.accuracy_over_beta(fusion.additive, val.zero_shot, votes, val.y, betas)
             for votes in cache.logits_grid(val, settings)
         ]
     )
@@ -61,7 +62,7 @@ def test_the_search_of_tip_adapter_ends_where_theirs_does(task):
 
 def test_trained_cache_follows_tip_adapter_f(task):
     theirs = authors.outputs("tip_adapter")
-    cache = seeing(caches.TrainedCache, theirs["F/perms"])(epochs=5, batch_size=16).fit(task)
+    cache = seeing(predictors.TrainedCache, theirs["F/perms"])(epochs=5, batch_size=16).fit(task)
     assert authors.error(cache.losses_, theirs["F/losses"]) < CLOSE
     assert authors.error(cache.keys_, theirs["F/keys_final"]) < CLOSE
     fused = task.test.zero_shot + 1.17 * cache.logits(task.test)
@@ -70,20 +71,20 @@ def test_trained_cache_follows_tip_adapter_f(task):
 
 def test_similar_caches_are_cafos(task):
     theirs = authors.outputs("cafo_fusion")
-    bias = caches.SimilarCaches().fit(task).logits(task.test)
+    bias = predictors.SimilarCaches().fit(task).logits(task.test)
     assert authors.error(task.test.zero_shot + 1.3 * bias, theirs["mean/final_logits"]) < CLOSE
     sharpnesses = [0.1 + i * (12 - 0.1) / 12 for i in range(12)]
     betas = [0.1 + i * (5 - 0.1) / 10 for i in range(10)]
     grid = [
-        fusion.accuracy_over_beta(fusion.fixed, task.val.zero_shot, bias, task.val.y, betas)
-        for bias in caches.SimilarCaches().fit(task).logits_grid(task.val, [{"sharpness": s} for s in sharpnesses])
+        fusion.accuracy_over_beta(fusion.additive, task.val.zero_shot, bias, task.val.y, betas)
+        for bias in predictors.SimilarCaches().fit(task).logits_grid(task.val, [{"sharpness": s} for s in sharpnesses])
     ]
     assert authors.error(100 * torch.tensor(grid), theirs["search_val_acc_grid"]) < 1e-6
 
 
 def test_gda_agrees(task):
     theirs = authors.outputs("gda")
-    gda = solved.GDA().fit(task)
+    gda = predictors.GDA().fit(task)
     assert authors.error(gda.weight_.T, theirs["W"]) < CLOSE
     assert authors.error(gda.intercept_, theirs["b"]) < CLOSE
     bias = gda.logits(task.test)
@@ -97,7 +98,7 @@ def test_gda_agrees(task):
 @pytest.mark.parametrize(("key", "sharpness", "penalty"), [("fixed0", 1.0, 0.05), ("fixed1", 3.0, 1.0)])
 def test_proker_agrees(task, key, sharpness, penalty):
     theirs = authors.outputs("proker")
-    proker = caches.ProKeR(sharpness=sharpness, penalty=penalty).fit(task)
+    proker = predictors.ProKeR(sharpness=sharpness, penalty=penalty).fit(task)
     assert authors.error(proker.coefficients_ / 100, theirs[f"{key}/alpha_i"]) < CLOSE
     assert authors.error((task.test.zero_shot + proker.logits(task.test)) / 100, theirs[f"{key}/test_logits"]) < CLOSE
 
@@ -109,14 +110,14 @@ def test_grid_of_proker_agrees_in_every_cell(task):
         for sharpness in theirs["search/beta_grid"].tolist()
         for penalty in theirs["search/lmbda_grid"].tolist()
     ]
-    fitted = caches.ProKeR.fit_many(task, settings)
-    found = [fusion.accuracy(task.val.zero_shot + p.logits(task.val), task.val.y) for p in fitted]
+    fitted = predictors.ProKeR.fit_many(task, settings)
+    found = [metrics.accuracy(task.val.zero_shot + p.logits(task.val), task.val.y) for p in fitted]
     assert authors.error(100 * torch.tensor(found), theirs["search/val_acc_grid"].flatten()) < 1e-6
 
 
 def test_ape_agrees(task):
     theirs = authors.outputs("ape")
-    ape = caches.APE(channels=22 / 32).fit(task)
+    ape = predictors.APE(channels=22 / 32).fit(task)
     assert authors.error(ape.criterion(task), theirs["criterion"]) < CLOSE
     assert ape.channels_.tolist() == theirs["indices"].tolist()
     assert authors.error(ape.divergence_.flatten(), theirs["cache_div"]) < CLOSE
@@ -129,8 +130,8 @@ def test_grid_of_ape_agrees_in_every_cell(task):
     settings = [{"sharpness": 0.1 + i * 6.9 / 8, "gamma": j / 5} for i in range(8) for j in range(5)]
     betas = [0.1 + i * 6.9 / 7 for i in range(7)]
     grid = [
-        fusion.accuracy_over_beta(fusion.fixed, task.val.zero_shot, votes, task.val.y, betas)
-        for votes in caches.APE(channels=22 / 32).fit(task).logits_grid(task.val, settings)
+        fusion.accuracy_over_beta(fusion.additive, task.val.zero_shot, votes, task.val.y, betas)
+        for votes in predictors.APE(channels=22 / 32).fit(task).logits_grid(task.val, settings)
     ]
     ours = 100 * torch.tensor(grid).view(8, 5, 7).transpose(1, 2)
     assert authors.error(ours, authors.outputs("ape")["val_acc_grid"]) < 1e-6
@@ -138,7 +139,7 @@ def test_grid_of_ape_agrees_in_every_cell(task):
 
 def test_taskres_agrees(task):
     theirs = authors.outputs("taskres")
-    taskres = seeing(peers.TaskRes, theirs["train/perms"])(epochs=10, batch_size=16).fit(task)
+    taskres = seeing(predictors.TaskRes, theirs["train/perms"])(epochs=10, batch_size=16).fit(task)
     assert authors.error(taskres.losses_, theirs["train/losses"]) < CLOSE
     assert authors.error(taskres.residual_, theirs["train/residual_final"]) < CLOSE
     assert authors.error(taskres.logits(task.test), theirs["train/test_logits"]) < CLOSE
@@ -148,7 +149,7 @@ def test_taskres_agrees(task):
 
 def test_clip_adapter_agrees(task, monkeypatch):
     theirs = authors.outputs("clip_adapter")
-    adapter = seeing(peers.CLIPAdapter, theirs["train/perms"])
+    adapter = seeing(predictors.CLIPAdapter, theirs["train/perms"])
     monkeypatch.setattr(adapter, "_initial", staticmethod(lambda task: (theirs["W1"], theirs["W2"])))
     fitted = adapter(epochs=10, batch_size=16).fit(task)
     assert authors.error(fitted.losses_, theirs["train/losses"]) < CLOSE
@@ -164,7 +165,7 @@ def test_clip_adapter_agrees(task, monkeypatch):
 def test_text_probe_and_clap_agree(task, monkeypatch, texts, lr, constraint):
     theirs = authors.outputs("clap")
     start = task.text if texts == "unit" else theirs["base_text_scaled"]
-    probe = seeing(peers.TextProbe, theirs["train/perms"])
+    probe = seeing(predictors.TextProbe, theirs["train/perms"])
     monkeypatch.setattr(probe, "_start", lambda self, task: start)
     fitted = probe(constraint=constraint, lr=lr, epochs=20, batch_size=16).fit(task)
     key = f"train/{texts}/{constraint}"
@@ -173,10 +174,10 @@ def test_text_probe_and_clap_agree(task, monkeypatch, texts, lr, constraint):
     assert authors.error(fitted.logits(task.test), theirs[f"{key}/test_logits"]) < CLOSE
 
 
-@pytest.mark.parametrize("constraint", peers.CONSTRAINTS[1:])
+@pytest.mark.parametrize("constraint", text.CONSTRAINTS[1:])
 def test_penalties_of_clap_agree(task, constraint):
     theirs = authors.outputs("clap")
-    probe = peers.TextProbe(constraint=constraint, epochs=1).fit(task)
+    probe = predictors.TextProbe(constraint=constraint, epochs=1).fit(task)
     assert torch.allclose(probe.multipliers_, theirs[f"lambda/{constraint}"], atol=1e-5)
     penalty = probe.penalty(theirs["weights_perturbed"], task.text)
     assert penalty.item() == pytest.approx(theirs[f"penalty/{constraint}"].item(), rel=1e-4)
@@ -186,7 +187,7 @@ def test_penalties_of_clap_agree(task, constraint):
 @pytest.mark.parametrize("kind", ["cross_modal", "uni_modal"])
 def test_cross_modal_agrees(task, monkeypatch, kind, wise):
     theirs = authors.outputs("cross_modal")
-    probe = seeing(peers.CrossModal, theirs["train/image_perms"])
+    probe = seeing(predictors.CrossModal, theirs["train/image_perms"])
     texts = staticmethod(lambda task, epochs, generator: theirs["train/text_perms"][:epochs])
     monkeypatch.setattr(probe, "_text_orders", texts)
     settings = {"texts": kind == "cross_modal", "wise": wise, "iterations": 160, "evaluate_every": 40}
@@ -204,8 +205,8 @@ def test_cross_modal_agrees(task, monkeypatch, kind, wise):
 def test_lp_plus_plus_agrees(task, monkeypatch, iterations):
     theirs = authors.outputs("lp_plus_plus")
     start = staticmethod(lambda task: theirs["bias_init"])
-    monkeypatch.setattr(peers.LPPlusPlus, "_initial_intercept", start)
-    probe = peers.LPPlusPlus(iterations=iterations).fit(replace(task, val=None))
+    monkeypatch.setattr(predictors.LPPlusPlus, "_initial_intercept", start)
+    probe = predictors.LPPlusPlus(iterations=iterations).fit(replace(task, val=None))
     key = f"epoch{iterations}"
     assert authors.error(probe.losses_, theirs["losses"][:iterations]) < CLOSE
     assert authors.error(probe.weight_, theirs[f"{key}/weight"]) < CLOSE
@@ -216,7 +217,7 @@ def test_lp_plus_plus_agrees(task, monkeypatch, iterations):
 @pytest.mark.parametrize("few_shot", [True, False])
 def test_transclip_agrees_in_a_consistent_row_order(task, few_shot):
     theirs = authors.outputs("transclip")["fs_rows_reordered/z" if few_shot else "zs/z"]
-    found = transductive.TransCLIP(use_support=few_shot).fit(task).logits(task.test).softmax(1)
+    found = predictors.TransCLIP(use_support=few_shot).fit(task).logits(task.test).softmax(1)
     assert authors.error(found, theirs) < CLOSE
 
 
@@ -240,9 +241,9 @@ def test_m_adapter_agrees_with_the_formula(monkeypatch, delta, gamma, key):
         text=inputs["text"], support=part("train", support), val=part("val"), test=part("test")
     )
     captions = staticmethod(lambda task: inputs["cap_train"][support])
-    monkeypatch.setattr(transductive.MAdapter, "_captions", captions)
-    bias = transductive.MAdapter(delta=delta, gamma=gamma).fit(task).logits(task.test)
+    monkeypatch.setattr(predictors.MAdapter, "_captions", captions)
+    bias = predictors.MAdapter(delta=delta, gamma=gamma).fit(task).logits(task.test)
     assert authors.error(task.test.zero_shot + 2.5 * bias, theirs[key]) < CLOSE
     monkeypatch.setattr(transductive, "CHUNK", 100)
-    chunked = transductive.MAdapter(delta=delta, gamma=gamma).fit(task).logits(task.test)
+    chunked = predictors.MAdapter(delta=delta, gamma=gamma).fit(task).logits(task.test)
     assert torch.allclose(chunked, bias, atol=1e-4)

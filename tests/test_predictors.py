@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from lib import methods, peers, predictors, transductive
+from lib import methods, predictors
 from lib.tasks import FewShotTask, Split
 
 BRIEF = {  # enough training to move, not more
@@ -86,9 +86,9 @@ def test_renaming_the_classes_renames_the_logits(name, make_arrays, monkeypatch)
     }
     task, permuted = FewShotTask.from_arrays(**arrays), FewShotTask.from_arrays(**renamed)
     logits = build(name).fit(task).logits(task.test)
-    texts = peers.CrossModal._text_orders
+    texts = predictors.CrossModal._text_orders
     follow = staticmethod(lambda task, epochs, generator: place[texts(task, epochs, generator)])
-    monkeypatch.setattr(peers.CrossModal, "_text_orders", follow)  # the same texts at the same steps
+    monkeypatch.setattr(predictors.CrossModal, "_text_orders", follow)  # the same texts at the same steps
     assert close(build(name).fit(permuted).logits(permuted.test), logits[:, order], 1e-3)
 
 
@@ -196,7 +196,7 @@ def test_views_of_the_support_enter_where_authors_use_them(make_arrays):
     [
         (predictors.MultiBranchHead(init="warm"), "mean, zero, random, text, not 'warm'"),
         (methods.PREDICTORS["trained_cache"](init="warm"), "features or random, not 'warm'"),
-        (peers.TextProbe(constraint="l1"), "l2-balanced.*'l1'"),
+        (predictors.TextProbe(constraint="l1"), "l2-balanced.*'l1'"),
         (methods.PREDICTORS["similar_caches"](norm="max"), "linear.*'max'"),
     ],
 )
@@ -208,6 +208,6 @@ def test_unknown_words_are_refused(predictor, words, make_task):
 
 def test_transclip_without_support_needs_no_shots(make_task):
     task = make_task()
-    one = transductive.TransCLIP(use_support=False).fit(task).logits(task.test)
-    other = transductive.TransCLIP(use_support=False).fit(make_task(shots=2)).logits(task.test)
+    one = predictors.TransCLIP(use_support=False).fit(task).logits(task.test)
+    other = predictors.TransCLIP(use_support=False).fit(make_task(shots=2)).logits(task.test)
     assert torch.equal(one, other)

@@ -7,9 +7,11 @@ import torch
 from conftest import ROOT
 from torch.nn import functional as F
 
-from lib import objectives, pretraining, world
-from lib.objectives import FLIPPED, LIGHT, Augmentation, Schedule
-from lib.pretraining import RECIPES
+import objectives
+import train as pretraining
+import world
+from objectives import FLIPPED, LIGHT, Augmentation, Schedule
+from train import RECIPES
 
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
 SHORT = Schedule(steps=14, batch=24, rate=4e-3)

@@ -4,8 +4,8 @@ import math
 import nbformat
 import pytest
 
+from lib import methods, runs
 from lib import __main__ as cli
-from lib import runs
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_the_command_line_names_what_is_wrong(notebook, capsys, tmp_path):
 
 def test_compare_judges_every_contestant_on_every_task(make_task):
     contestants = {"Zero-shot": ("zero_shot", {}), "AMU": ("amu", {"epochs": 3, "lam": 0.5})}
-    results = runs.compare([make_task(shots=k, seed=s) for k in (1, 2) for s in (0, 1)], contestants)
+    results = methods.compare([make_task(shots=k, seed=s) for k in (1, 2) for s in (0, 1)], contestants)
     assert len(results) == 8 and set(results["label"]) == set(contestants)
     amu = results[results["label"] == "AMU"]
     assert (amu["accuracy"] >= 0).all() and all("beta" in chosen for chosen in amu["chosen"])

@@ -62,7 +62,7 @@ def test_views_follow_the_support(make_arrays):
 
 @pytest.fixture
 def bank(caltech70):
-    return tasks.load_bank(f"features:{caltech70}")
+    return tasks.load_source(f"features:{caltech70}")
 
 
 def test_sampled_tasks_are_nested_balanced_and_reproducible(bank):
@@ -97,24 +97,24 @@ def test_too_many_shots_are_refused(bank):
 
 
 def test_two_auxiliary_encoders_stand_side_by_side(caltech70, bank):
-    both = tasks.load_bank(f"features:{caltech70}", aux="aux_mobilenet_v1+aux_mobilenet_v2")
+    both = tasks.load_source(f"features:{caltech70}", aux="aux_mobilenet_v1+aux_mobilenet_v2")
     assert len(both.fingerprints) == 1 + 3 * 3
     first, second = tasks.sample(both, 1, seed=0).support.aux.split([1024, 1280], dim=1)
     assert torch.allclose(first.norm(dim=1), second.norm(dim=1))
 
 
 def test_augmented_views_reach_the_head():
-    views = tasks.load_bank("digits", aux="embedded:random", views=2)
+    views = tasks.load_source("digits", aux="embedded:random", views=2)
     task = tasks.sample(views, 2, seed=1)
     assert len(task.views) == 2 and not torch.allclose(task.views[0].aux, task.views[1].aux)
     assert torch.equal(task.views[0].y, task.support.y)
-    plain = tasks.sample(tasks.load_bank("digits", aux="embedded:random"), 2, seed=1)
+    plain = tasks.sample(tasks.load_source("digits", aux="embedded:random"), 2, seed=1)
     assert torch.equal(plain.support.aux, task.support.aux) and plain.views == ()
     with pytest.raises(ValueError, match="at least 2 random crops, not 1"):
-        tasks.load_bank("digits", views=1)
+        tasks.load_source("digits", views=1)
 
 
 def test_prompts_can_be_chosen(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("the digit {}.\n")
-    assert tasks.load_bank("digits", templates=str(path)).text.templates == ("the digit {}.",)
+    assert tasks.load_source("digits", templates=str(path)).text.templates == ("the digit {}.",)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from lib import convex, fusion, solved, training
+from lib import fusion, metrics, predictors
+from lib.predictors import convex, heads, training
 
 RUNS = {"lam035_none": (0.35, "none"), "lam035_moment": (0.35, "kurtosis"), "lam1_none": (1.0, "none")}
 
@@ -20,7 +21,7 @@ def train(task, names, theirs, **settings):
     factors = [
         fusion.uncertainty(task.support.zero_shot, RUNS[name][1], 0.4, "probabilities", 250.0)[None] for name in names
     ]
-    start = training.class_means(task.support.aux, task.support.y, 12)
+    start = metrics.class_means(task.support.aux, task.support.y, 12)
     return training.train_heads(
         task.support.aux[None],
         task.support.zero_shot[None],
@@ -38,7 +39,7 @@ def train(task, names, theirs, **settings):
 def test_class_means_are_the_authors_initial_weight(task):
     theirs = authors.outputs("amu")
     assert authors.error(task.support.aux, theirs["aux_train_unit"]) < 1e-5
-    found = training.class_means(task.support.aux, task.support.y, 12)
+    found = metrics.class_means(task.support.aux, task.support.y, 12)
     assert authors.error(found, theirs["init_weight"]) < 1e-5
 
 
@@ -111,7 +112,7 @@ def test_settings_of_another_length_are_refused(task):
 def test_linear_probe_is_scikit_learns(task, features, inverse_penalty):
     x, y = task.support.features(features).double().numpy(), task.support.y.numpy()
     theirs = LogisticRegression(C=inverse_penalty, tol=1e-8, max_iter=5000).fit(x, y)
-    ours = solved.LinearProbe(features, inverse_penalty).fit(task)
+    ours = predictors.LinearProbe(features, inverse_penalty).fit(task)
     assert authors.error(ours.weight_, torch.from_numpy(theirs.coef_).float()) < 1e-4
     assert (ours.intercept_ - torch.from_numpy(theirs.intercept_).float()).abs().max() < 1e-4
 
@@ -178,8 +179,8 @@ def test_the_certificate_tells_what_was_not_reached(task):
 
 
 def test_a_path_ends_where_each_penalty_alone_does(task):
-    path = solved.ConvexHead.fit_many(task, [{"penalty": p, "tolerance": 1e-6} for p in (1e-4, 1e-2, 1e-3)])
+    path = predictors.ConvexHead.fit_many(task, [{"penalty": p, "tolerance": 1e-6} for p in (1e-4, 1e-2, 1e-3)])
     for head in path:
-        alone = solved.ConvexHead(penalty=head.penalty, tolerance=1e-6).fit(task)
+        alone = predictors.ConvexHead(penalty=head.penalty, tolerance=1e-6).fit(task)
         assert authors.error(head.logits(task.test), alone.logits(task.test)) < 1e-3
         assert head.gradient_norm_ < 1e-5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import drawing, world
+
 
 SEVERITIES = [f"shapes-corrupted-{severity}" for severity in range(1, 6)]
 

@@ -14,8 +14,8 @@ from jaxtyping import Int64, UInt8
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from lib import drawing
-from lib.drawing import CORRUPTIONS, IMAGE_SIZE
+import draw as drawing
+from draw import CORRUPTIONS, IMAGE_SIZE
 
 SHAPES, NOVEL_SHAPES = drawing.SHAPES[:12], drawing.SHAPES[12:]
 TEXTURES, NOVEL_TEXTURES = drawing.TEXTURES[:6], drawing.TEXTURES[6:]

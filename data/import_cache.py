@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
-from lib.banks import SHOT_INDEX, save_bank
+from lib.features.banks import SHOT_INDEX, save_bank
 
 NPZ_FEATURES = ("{}_features", "{}_x", "x_{}", "X_{}", "{}_f", "features_{}")
 NPZ_LABELS = ("{}_labels", "{}_y", "y_{}", "Y_{}", "{}_l", "labels_{}")

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from lib.caches import CHUNK
-from lib.predictors import Predictor
+from lib.predictors.caches import CHUNK
+from lib.predictors.base import Predictor
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
 
 GRID = 2**26  # comparisons of a split with the support that a grid search may hold, three numbers each

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lib.images import ENDINGS, divide
+from lib.files import ROOT
+from lib.features.images import ENDINGS, divide
 
-PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
 SHARES = (0.5, 0.2, 0.3)  # of train, val, test where nobody has divided a data set: CoOp's shares
 HELD_OUT = 16  # images a class of ImageNet's train that are its val: the last ones by name
@@ -45,7 +45,7 @@ class Listing:
 @lru_cache(maxsize=1)
 def cards() -> dict[str, dict[str, Any]]:
     """Return data/benchmarks.json as one mapping from a data set's name to its card."""
-    table = json.loads((PACKAGE_ROOT / "data" / "benchmarks.json").read_text(encoding="utf-8"))
+    table = json.loads((ROOT / "data" / "benchmarks.json").read_text(encoding="utf-8"))
     coop = table["coop"]
     return {
         **{name: {"get": coop, "family": "benchmark", **card} for name, card in table["benchmarks"].items()},

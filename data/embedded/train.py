@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib import world
-from lib.objectives import (
+import world
+from objectives import (
     FLIPPED,
     LIGHT,
     MEAN,
@@ -38,7 +38,7 @@ from lib.objectives import (
 )
 
 CLIP_NAME = "embedded-clip"  # the name of the open_clip configuration
-CLIP_CONFIG = Path(__file__).resolve().parents[1] / "data" / "embedded" / f"{CLIP_NAME}.json"
+CLIP_CONFIG = Path(__file__).resolve().parent / f"{CLIP_NAME}.json"
 VIT = {
     "img_size": 48,
     "patch_size": 6,

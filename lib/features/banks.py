@@ -28,8 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.datasets import find_path
-from lib.recipes import file_hash
+from lib.files import file_hash, find_path
 
 SHOT_INDEX = "train_shot_index"
 

@@ -11,7 +11,6 @@ warning; a damaged bank of somebody else is refused.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,9 +23,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib import backbones, banks, datasets, extraction
-from lib.banks import save_bank
-from lib.imports import import_amu, import_npz, import_tip_adapter
+from lib.features import banks, datasets, extraction
+from lib.features import encoders as backbones
+from lib.features.banks import save_bank
+from lib.files import cache_root
 
 __all__ = [
     "Features",
@@ -34,9 +34,6 @@ __all__ = [
     "bank_encoders",
     "bank_shot_index",
     "cache_root",
-    "import_amu",
-    "import_npz",
-    "import_tip_adapter",
     "load",
     "load_many",
     "load_text",
@@ -199,11 +196,6 @@ def bank_encoders(dataset: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def bank_shot_index(dataset: str) -> Int64[Tensor, " n"] | None:
     """Return each training row's place in its class, for banks that fix the order in which shots are taken."""
     return banks.shot_index(dataset)
-
-
-def cache_root(cache: Path | None = None) -> Path:
-    """Return the cache's folder: the argument, else LOGIT_BIAS_CACHE, else data/cache."""
-    return Path(cache or os.environ.get("LOGIT_BIAS_CACHE") or datasets.PACKAGE_ROOT / "data" / "cache")
 
 
 def _texts(prompts: datasets.Prompts, classnames: Sequence[str]) -> list[list[str]]:

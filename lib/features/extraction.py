@@ -11,10 +11,8 @@ bytes as an uninterrupted one.
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -31,9 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lib import backbones
-from lib.backbones import Encoder
-from lib.datasets import ImageSplit
+from lib.features import encoders as backbones
+from lib.features.encoders import Encoder
+from lib.features.images import ImageSplit
+from lib.files import file_hash, replace_file
 
 SHARD = 256  # images
 AUGMENTATION_SEED = 1
@@ -122,7 +121,7 @@ def read(job: Job) -> tuple[Float[Tensor, "..."], Int64[Tensor, " n"], dict[str,
         manifest = json.loads(manifest_path.read_text())
         if manifest["fingerprint"] != job.fingerprint:
             raise ValueError(f"its fingerprint is {manifest['fingerprint'][:12]}…, not {job.fingerprint[:12]}…")
-        found = backbones.file_hash(data_path)
+        found = file_hash(data_path)
         if found != manifest["sha256"]:
             raise ValueError(f"sha256 is {found[:12]}…, the manifest says {manifest['sha256'][:12]}…")
         with safe_open(data_path, framework="pt") as stored:
@@ -171,25 +170,6 @@ class locked:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that it is either whole under its name, or not there.
-
-    Raises:
-        OSError: naming the file, for instance when the disk is full.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with open(partial, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Decoder(Dataset):
@@ -247,7 +227,7 @@ def _shards(folder: Path) -> dict[int, Path]:
     found = {}
     for path in sorted(folder.glob("shard-*.safetensors")):
         _, number, digest = path.stem.split("-")
-        if backbones.file_hash(path) == digest:
+        if file_hash(path) == digest:
             found[int(number)] = path
         else:
             warnings.warn(f"damaged shard {path}; computing it again", stacklevel=4)

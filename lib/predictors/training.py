@@ -72,12 +72,6 @@ def warmed_cosine(lr: float, epochs: int, steps_per_epoch: int) -> Float[Tensor,
     return rates.float().repeat_interleave(steps_per_epoch)
 
 
-def class_means(x: Float[Tensor, "n D"], y: Int64[Tensor, " n"], num_classes: int) -> Float[Tensor, "C D"]:
-    """Return the mean row of each class, not re-normalised (AMU-Tuning, eq. 6)."""
-    sums = torch.zeros(num_classes, x.shape[1], dtype=x.dtype).index_add_(0, y, x)
-    return sums / torch.bincount(y, minlength=num_classes)[:, None]
-
-
 def train_heads(
     x: Float[Tensor, "V n D"],
     zero_shot: Float[Tensor, "V n C"],

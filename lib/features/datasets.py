@@ -20,9 +20,10 @@ Data sets lie below data/downloads, or the folder that LOGIT_BIAS_DATA names.
 
 import difflib
 import json
-import os
+import importlib
 import random
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,9 +31,10 @@ from pathlib import Path
 
 import torch
 
-from lib import sources
-from lib.images import ImageSplit, draw, shared
-from lib.sources import PACKAGE_ROOT, Listing
+from lib.features import sources
+from lib.features.images import ImageSplit, draw, shared
+from lib.features.sources import Listing
+from lib.files import ROOT, data_root, find_path
 
 __all__ = ["Dataset", "ImageSplit", "data_root", "find_path", "load", "names", "prompts", "shared"]
 EMBEDDED = (
@@ -89,17 +91,6 @@ class Dataset:
 def names() -> tuple[str, ...]:
     """Return all names but those with a path or a draw in them."""
     return (*EMBEDDED, *sources.cards())
-
-
-def data_root(root: Path | None = None) -> Path:
-    """Return the folder that holds data sets: the argument, else LOGIT_BIAS_DATA, else data/downloads."""
-    return Path(root or os.environ.get("LOGIT_BIAS_DATA") or PACKAGE_ROOT / "data" / "downloads")
-
-
-def find_path(text: str) -> Path:
-    """Return a path a user typed: relative ones are looked for here, then below the package root."""
-    path = Path(text).expanduser()
-    return path if path.is_absolute() or path.exists() else PACKAGE_ROOT / path
 
 
 def load(name: str, root: Path | None = None) -> Dataset:
@@ -230,7 +221,7 @@ def _drawn(data: Dataset, name: str, shots: int, seed: int) -> Dataset:
 
 
 def _embedded(name: str) -> Dataset:
-    from lib import world  # here, because it pulls in scipy, scikit-learn and matplotlib
+    world = _world()
 
     if name == "digits":
         classnames, templates = world.DIGIT_CLASSNAMES, world.DIGIT_TEMPLATES
@@ -245,8 +236,13 @@ def _embedded(name: str) -> Dataset:
 
 @lru_cache(maxsize=4)
 def _render(name: str, split: str) -> ImageSplit:
-    from lib import world
+    world = _world()
 
     drawn = world.digits(split) if name == "digits" else world.render(name, split)
     ids = tuple(f"{split}/{index}" for index in range(len(drawn.labels)))
     return ImageSplit(drawn.labels, ids, pixels=drawn.images)
+
+
+def _world():
+    sys.path.insert(0, str(ROOT / "data" / "embedded"))
+    return importlib.import_module("world")

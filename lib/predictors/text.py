@@ -14,8 +14,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from lib import fusion, training
-from lib.predictors import Predictor, random_weight
+from lib import fusion, metrics
+from lib.predictors import training
+from lib.predictors.base import Predictor, random_weight
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
 
 CONSTRAINTS = ("none", "l2", "l2-balanced", "l2-corrected", "l2-constant")
@@ -182,7 +183,7 @@ class TextProbe(TextTuned):
         if self.constraint not in CONSTRAINTS:
             raise ValueError(f"constraint is one of {', '.join(CONSTRAINTS)}, not {self.constraint!r}")
         support = task.support
-        known = training.class_means(support.zero_shot.softmax(1), support.y, task.num_classes).diagonal()
+        known = metrics.class_means(support.zero_shot.softmax(1), support.y, task.num_classes).diagonal()
         return {
             "none": torch.zeros_like(known),
             "l2": known.clone(),
@@ -238,7 +239,7 @@ class CrossModal(Predictor):
 
         def look(_: slice, weight: Float[Tensor, "1 C D"]) -> None:
             nonlocal best, best_accuracy
-            accuracy = fusion.accuracy(task.val.clip @ weight[0].T, task.val.y)
+            accuracy = metrics.accuracy(task.val.clip @ weight[0].T, task.val.y)
             if accuracy > best_accuracy:
                 best, best_accuracy = weight[0].clone(), accuracy
 
@@ -345,7 +346,7 @@ class LPPlusPlus(Predictor):
             if task.val is None:
                 self.weight_, self.intercept_, self.share_ = weight, intercept, share
                 continue
-            held = fusion.accuracy(self._forward(task.val, weight, intercept, share), task.val.y)
+            held = metrics.accuracy(self._forward(task.val, weight, intercept, share), task.val.y)
             if held >= best:
                 best, self.weight_, self.intercept_, self.share_ = held, weight, intercept, share
         self.losses_ = torch.stack(losses)

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lib import recipes
-from lib.recipes import Recipe, file_hash, one_line, resolve
+from lib.features import recipes
+from lib.features.recipes import Recipe, resolve
+from lib.files import file_hash, one_line
 
 PRECISIONS = ("fp32", "bf16")
 TEXT_BATCH = 256

@@ -14,7 +14,6 @@ Names:
 """
 
 import difflib
-import hashlib
 import json
 import re
 import socket
@@ -22,13 +21,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lib.datasets import PACKAGE_ROOT, find_path
+from lib.files import ROOT, file_hash, find_path, one_line
 
-EMBEDDED_FOLDER = PACKAGE_ROOT / "data" / "embedded"
+EMBEDDED_FOLDER = ROOT / "data" / "embedded"
 GRAMMAR = (
     "embedded:NAME, open_clip:ARCHITECTURE/TAG-or-FILE, open_clip:hf-hub:OWNER/MODEL, open_clip:local-dir:FOLDER, "
     "timm:MODEL.TAG, timm:MODEL/FILE, mocov3:FILE"
@@ -100,22 +98,6 @@ def embedded_index() -> dict[str, dict[str, Any]]:
     """Return data/embedded/index.json, or nothing where the embedded models have not been trained."""
     path = EMBEDDED_FOLDER / "index.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def file_hash(path: Path) -> str:
-    """Return a file's sha256; asked again, it is computed again only if size or time of change differ."""
-    stat = path.stat()
-    return _file_hash(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _file_hash(path: Path, size: int, mtime: int) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _embedded(name: str, rest: str) -> Recipe:

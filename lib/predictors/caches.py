@@ -16,8 +16,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from lib import fusion, training
-from lib.predictors import JointPredictor, Predictor, random_weight
+from lib import fusion, metrics
+from lib.predictors import training
+from lib.predictors.base import JointPredictor, Predictor, random_weight
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
 
 CHUNK = 2048  # images compared with the whole support at a time, so that memory stays bounded
@@ -199,7 +200,7 @@ class APE(Predictor):
 
     def criterion(self, task: FewShotTask) -> Float[Tensor, " D"]:
         """Return J, one number per channel; larger is kept."""
-        sums = task.text + training.class_means(task.support.clip, task.support.y, task.num_classes) * task.shots
+        sums = task.text + metrics.class_means(task.support.clip, task.support.y, task.num_classes) * task.shots
         pairs = task.num_classes * (task.num_classes - 1) * (task.shots + 1) ** 2
         similarity = (sums.sum(0).square() - sums.square().sum(0)) / pairs
         return self.inter * task.text.var(0) - self.intra * similarity

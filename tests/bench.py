@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from lib import banks, methods, tasks
+from lib import features, methods, tasks
 from lib.tasks import FewShotTask
 
 ZERO_SHOT, AUXILIARY = 3.0, 7.0  # how far classes lie apart: of 100 classes zero-shot finds two thirds
@@ -130,7 +130,7 @@ def random_bank(folder: Path, **sizes: int) -> str:
     """Write the same as a bank of features; return the data set's name."""
     arrays = random_arrays(**sizes)
     splits = {"train": arrays["support"], "val": arrays["val"], "test": arrays["test"]}
-    banks.save_bank(
+    features.save_bank(
         folder,
         clip={"clip_random": {split: part["clip"] for split, part in splits.items()}},
         aux={"aux_random": {split: part["aux"] for split, part in splits.items()}},
@@ -170,7 +170,7 @@ def _fit_here(
     dataset: str, shots: int, name: str, held: dict[str, object], threads: int, protocol: str
 ) -> dict[str, float]:
     torch.set_num_threads(threads)
-    task = tasks.sample(tasks.load_bank(dataset), shots, seed=1)
+    task = tasks.sample(tasks.load_source(dataset), shots, seed=1)
     begin = time.perf_counter()
     right = methods.build(name, protocol, **held).fit(task).logits(task.test).argmax(1) == task.test.y
     spent = time.perf_counter() - begin

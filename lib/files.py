@@ -1,0 +1,84 @@
+"""Where things lie, and files that are whole or not there: roots, paths a user typed, hashes, atomic writes."""
+
+import difflib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def data_root(root: Path | None = None) -> Path:
+    """Folder of data sets: the argument, else LOGIT_BIAS_DATA, else data/downloads."""
+    return Path(root or os.environ.get("LOGIT_BIAS_DATA") or ROOT / "data" / "downloads")
+
+
+def cache_root(cache: Path | None = None) -> Path:
+    """Folder of cached features: the argument, else LOGIT_BIAS_CACHE, else data/cache."""
+    return Path(cache or os.environ.get("LOGIT_BIAS_CACHE") or ROOT / "data" / "cache")
+
+
+def find_path(text: str | Path) -> Path:
+    """Path that a user typed; a relative one is looked for where the command was given, then below the root.
+
+    A kernel runs in the root, whatever folder its command was given in: the runner passes that on in LOGIT_BIAS_CWD.
+    """
+    path = Path(text).expanduser()
+    here = Path(os.environ.get("LOGIT_BIAS_CWD") or Path.cwd()) / path
+    return path if path.is_absolute() else here if here.exists() else ROOT / path
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file; computed again only where its size or time of change differ."""
+    stat = path.stat()
+    return _file_hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _file_hash(path: Path, size: int, mtime: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file so that it is either whole under its name, or not there.
+
+    Raises:
+        OSError: naming the file, for instance when the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(partial, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, value: object) -> Path:
+    """Write JSON in one step; NaN and infinity are refused."""
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return replace_file(path, lambda stream: stream.write(text.encode()))
+
+
+def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
+    """Hint for an unknown name: `did you mean 'x'? known: x, y, z`."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
