@@ -1,25 +1,27 @@
 """Few-shot tasks: K labelled images per class, and everything a logit bias may look at.
 
-A task holds three parts with the same fields. The `support` is what a method learns from, `val` is what it
-may choose hyper-parameters on, and `test` is what it is judged by. Rows are L2-normalised here, once, so that
-every module below works on unit rows; the features on disk keep their encoder's own scale.
+A method learns from a task's `support`, may choose hyper-parameters on `val`, and is judged on `test`; all three have
+the same fields. Rows are L2-normalised here, once, so that every module below works on unit rows; features on disk
+keep their encoder's own scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from lib import features
+from lib.features import LOGIT_SCALE, FeatureBank, Features, TextFeatures, datasets, load_many, load_text
 
-LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
 PROTOCOLS = ("val", "fixed", "oracle")
-EMBEDDED_AUX = tuple(f"embedded:{name}" for name in ("supervised", "vicreg", "mae", "supervised-colour", "random"))
+Arrays = Mapping[str, Any]  # tensors, arrays or lists
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,22 @@ class Split:
     Attributes:
         clip: unit rows from CLIP's image tower.
         aux: unit rows from the auxiliary encoder.
-        y: class index in [0, C).
-        zero_shot: 100 x cosine to the class texts, `s0` in the formulas.
+        y: class index in [0, C); in a test part also -1, an image of a class that the task has not.
+        zero_shot: 100 x cosine to the class texts, `s0` in the formulas; zeros without texts.
+        classes: the classes of the task that predictions are an argmax over, where the test set has not all (None).
     """
 
     clip: Float[Tensor, "n D"]
     aux: Float[Tensor, "n Da"]
     y: Int64[Tensor, " n"]
     zero_shot: Float[Tensor, "n C"]
+    classes: Int64[Tensor, " M"] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def features(self, kind: str) -> Float[Tensor, "n d"]:
-        """Return the rows a predictor is fed: `clip`, `aux` or `clip+aux` (both, each weighing one half)."""
+        """Rows that a predictor is fed: `clip`, `aux` or `clip+aux` (both, each weighing one half)."""
         if kind == "clip+aux":
             return torch.cat([self.clip, self.aux], dim=1) * 0.5**0.5
         if kind not in ("clip", "aux"):
@@ -50,8 +54,8 @@ class Split:
         return getattr(self, kind)
 
     def rows(self, index: Int64[Tensor, " m"]) -> Split:
-        """Return the chosen rows as a split of their own."""
-        return Split(self.clip[index], self.aux[index], self.y[index], self.zero_shot[index])
+        """The chosen rows as a split of their own."""
+        return Split(self.clip[index], self.aux[index], self.y[index], self.zero_shot[index], self.classes)
 
 
 @dataclass(frozen=True)
@@ -59,115 +63,163 @@ class FewShotTask:
     """A K-shot classification task with zero-shot logits.
 
     Attributes:
-        support: `shots` images of each class, class by class.
-        val: images for choosing hyper-parameters; None under the protocol that chooses nothing.
+        support: at least one image of each class; class by class if drawn.
+        val: images for choosing hyper-parameters; None where there are none, or none may be used.
         test: images for the verdict; None in the copy that tuning gets.
-        text: unit class texts.
-        shots: images per class in the support.
+        text: unit class texts; None where the features come without.
+        shots: support images per class, of the class that has most.
         seed: the seed that drew the support and the validation images.
         views: augmented renderings of the support, row for row; empty when only plain images were encoded.
+        rows: the support's rows in the training part, ascending; None from arrays.
     """
 
     support: Split
     val: Split | None
     test: Split | None
-    text: Float[Tensor, "C D"]
+    text: Float[Tensor, "C D"] | None
     classnames: tuple[str, ...]
     shots: int
     seed: int
     name: str = "arrays"
     views: tuple[Split, ...] = ()
+    rows: Int64[Tensor, " n"] | None = None
 
     @property
     def num_classes(self) -> int:
-        return len(self.text)
+        return len(self.classnames)
+
+    @property
+    def counts(self) -> Int64[Tensor, " C"]:
+        """Support images of each class."""
+        return torch.bincount(self.support.y, minlength=self.num_classes)
 
     @classmethod
     def from_arrays(
         cls,
         *,
-        text: Float[Tensor, "C D"],
-        support: Mapping[str, Tensor],
-        val: Mapping[str, Tensor],
-        test: Mapping[str, Tensor],
+        support: Arrays,
+        val: Arrays | None,
+        test: Arrays,
+        text: Any = None,
         classnames: Sequence[str] | None = None,
+        num_classes: int | None = None,
         seed: int = 0,
         name: str = "arrays",
-        views: Sequence[Mapping[str, Tensor]] = (),
+        views: Sequence[Arrays] = (),
     ) -> FewShotTask:
-        """Build a task from plain arrays: features of any scale, labels as integers.
+        """A task from plain arrays: features of any scale, labels as integers.
 
         Args:
-            text: one row per class.
-            support, val, test: each a mapping with `clip [n, D]`, `aux [n, Da]` and `y [n]`.
+            support, val, test: each with `clip [n, D]`, `aux [n, Da]` (in none: CLIP's rows stand in) and `y [n]`; test
+                may hold labels -1, and `classes`, see `Split`.
+            text: one row per class; without it, `classnames` or `num_classes` is needed.
             views: augmented renderings of the support, in its row order.
 
         Raises:
-            ValueError: shapes, label ranges or class counts disagree, a class has another number of support
-                images than the rest, a feature is NaN or infinite, or a row is all zeros.
+            ValueError: shapes, label ranges or class counts disagree, a class has no support image, test is empty,
+                a feature is NaN or infinite, or a row is all zeros.
         """
-        names = tuple(classnames) if classnames is not None else tuple(f"class {c}" for c in range(len(text)))
-        if len(names) != len(text):
-            raise ValueError(f"{name}: {len(names)} class names but text features for {len(text)} classes")
-        unit_text = _unit(text, f"{name}: text features")
-        parts = {
-            part: _split(arrays, unit_text, f"{name}, {part}")
-            for part, arrays in (("support", support), ("val", val), ("test", test))
-        }
-        widths = {part: split.aux.shape[1] for part, split in parts.items()}
+        text = None if text is None else _unit(text, f"{name}: text features")
+        size = len(text) if text is not None else num_classes or 0
+        names = tuple(classnames) if classnames is not None else tuple(f"class {c}" for c in range(size))
+        if size not in (0, len(names)):
+            raise ValueError(f"{name}: {len(names)} class names but text features for {size} classes")
+        with_aux = any("aux" in arrays for arrays in (support, test, val or {}))
+
+        def split(arrays: Arrays, part: str) -> Split:
+            return _split(arrays, text, len(names), with_aux, name, part)
+
+        parts = {"support": split(support, "support"), "test": split(test, "test")}
+        parts["val"] = split(val, "val") if val is not None else None
+        widths = {part: split.aux.shape[1] for part, split in parts.items() if split}
         if len(set(widths.values())) > 1:
             raise ValueError(f"{name}: auxiliary features have different dimensions: {widths}")
-        shots = _shots(parts["support"].y, names, name)
-        view_splits = tuple(_split(v, unit_text, f"{name}, view {i}") for i, v in enumerate(views))
-        for i, view in enumerate(view_splits):
+        if not parts["test"]:
+            raise ValueError(f"{name}: test has no images")
+        counts = torch.bincount(parts["support"].y, minlength=len(names))
+        if not counts.all():
+            raise ValueError(f"{name}: support has no image of class {names[int(counts.argmin())]!r}")
+        drawn_views = tuple(split(view, f"view {i}") for i, view in enumerate(views))
+        for i, view in enumerate(drawn_views):
             if not torch.equal(view.y, parts["support"].y):
                 raise ValueError(f"{name}: view {i} has other labels than the support, whose rows it must follow")
-        return cls(**parts, text=unit_text, classnames=names, shots=shots, seed=seed, name=name, views=view_splits)
+        parts["val"] = parts["val"] or None  # an empty split is false
+        return cls(
+            **parts, text=text, classnames=names, shots=int(counts.max()), seed=seed, name=name, views=drawn_views
+        )
 
     def for_tuning(self, protocol: str) -> FewShotTask:
-        """Return the copy that a method may learn from and choose on; it holds no test part.
+        """The copy that a method may learn from and choose on; it holds no test part.
 
-        `val` leaves support and validation images, `fixed` the support alone. Under `oracle` the test images take
-        the place of the validation images: results of that protocol are optimistic and must carry its name.
+        `val` leaves support and validation images, `fixed` the support alone. Under `oracle` the test images of the
+        task's classes replace the validation images: results of that protocol are optimistic and must carry its name.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
-        if protocol == "oracle":
-            if self.test is None:
-                raise ValueError("the oracle protocol needs test images, this task has none")
-            return replace(self, val=self.test, test=None)
-        return replace(self, val=self.val if protocol == "val" else None, test=None)
+        if protocol != "oracle":
+            return replace(self, val=self.val if protocol == "val" else None, test=None)
+        if self.test is None or not (self.test.y >= 0).any():
+            raise ValueError("the oracle protocol needs test images of the task's classes, this task has none")
+        unknown = (self.test.y < 0).any()
+        return replace(
+            self, val=self.test.rows(torch.nonzero(self.test.y >= 0)[:, 0]) if unknown else self.test, test=None
+        )
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """All features of one data set under one CLIP and one auxiliary encoder, from which tasks are drawn.
+    """Features of a data set under CLIP and an auxiliary encoder, mapped into memory until a task is drawn.
 
-    `clip` and `aux` hold `train`, `val`, `test`, and, where they were asked for, `views` of shape [V, n, D]; `aux` one
-    entry for each encoder. Rows stay on disk, mapped into memory, until a task is drawn.
+    Attributes:
+        name, test_name: the data set that tasks learn from, and the one they are tested on.
+        parts: of `train`, `test` and, where there are any, `val` and `views`: CLIP's features, then the auxiliary ones.
+        text: class texts, unit rows; None where the bank has none.
+        class_map: for each class of the test set its index in the task, -1 for a class that the task has not.
+        encoders: names of CLIP and of the auxiliary encoder, "clip" where CLIP's own features stand in.
+        fingerprints: of `text` and of each `part/encoder`.
     """
 
     name: str
-    clip: Mapping[str, features.Features]
-    aux: Mapping[str, Sequence[features.Features]]
-    text: features.TextFeatures
-    shot_index: Int64[Tensor, " n"] | None
+    test_name: str
+    parts: Mapping[str, Sequence[Features]]
+    text: TextFeatures | None
+    class_map: Int64[Tensor, " T"]
     encoders: tuple[str, str]
     fingerprints: Mapping[str, str]
 
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        return self.parts["train"][0].classnames
+
+    @cached_property
+    def test(self) -> Split:
+        """The test part, normalised once for all tasks."""
+        common = self.class_map[self.class_map >= 0].unique()
+        every = len(common) in (0, len(self.classnames))  # without a common class there is nothing to restrict to
+        return replace(self.split("test", slice(None)), classes=None if every else common)
+
+    def split(self, part: str, rows: Int64[Tensor, " n"] | slice, view: int | None = None) -> Split:
+        """Some rows of a part; several auxiliary encoders' unit rows stand side by side."""
+        clip, *aux = ((f.x if view is None else f.x[view])[rows] for f in self.parts[part])
+        y = self.parts[part][0].y[rows]
+        arrays = {"clip": clip, "y": self.class_map[y] if part == "test" else y}
+        if aux:
+            arrays["aux"] = aux[0] if len(aux) == 1 else torch.cat([normalize(x, dim=1) for x in aux], dim=1)
+        text = self.text.x if self.text else None
+        return _split(arrays, text, len(self.classnames), bool(aux), self.name, part)
+
 
 def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, tuple[str, ...]]:
-    """Return the names of a data set's CLIP encoder and auxiliary encoders.
+    """Names of the CLIP encoder and of the auxiliary encoders; `auto` takes those of the data set's card.
 
-    `auto` stands for the embedded ones, or for those of the bank: its first CLIP file, all its auxiliary files.
+    A bank's are its first CLIP file and all its auxiliary files; "clip", CLIP's own features, stands in for none.
     """
-    if dataset.startswith("features:"):
-        clips, known = features.bank_encoders(dataset)
+    card = _card(dataset)
+    if isinstance(card, FeatureBank):
+        own_clip, own_aux = card.clip_encoders[0], card.aux_encoders
     else:
-        clips, known = ("embedded:clip",), EMBEDDED_AUX
-    if (clip == "auto" and not clips) or (aux == "auto" and not known):
-        raise ValueError(f"{dataset} holds CLIP features {clips} and auxiliary features {known}; one of each is needed")
-    return clips[0] if clip == "auto" else clip, tuple(known) if aux == "auto" else tuple(aux.split("+"))
+        own_clip, own_aux = "embedded:clip", card.aux
+    return own_clip if clip == "auto" else clip, tuple(aux.split("+")) if aux != "auto" else own_aux or ("clip",)
 
 
 def load_source(
@@ -175,11 +227,13 @@ def load_source(
     clip: str = "auto",
     aux: str = "auto",
     *,
+    test: str = "",
     templates: str = "auto",
     views: int = 0,
     device: str = "auto",
     precision: str = "fp32",
-    **extraction: object,
+    need_text: bool = True,
+    **extraction: Any,
 ) -> TaskSource:
     """Load (or extract once) the features of a data set.
 
@@ -187,128 +241,167 @@ def load_source(
         dataset: a name that `datasets.load` knows, or `features:PATH`.
         clip: a CLIP encoder by name, or `auto`, see `encoders`.
         aux: an auxiliary encoder by name, several joined by `+` (unit rows side by side), or `auto` for the first.
+        test: the data set to test on, if another; classes are matched by WordNet code, else by name.
         templates: `auto` for the data set's own prompts; else `7`, `80` or a file, see `datasets.prompts`.
         views: random crops and flips of each training image, which heads are then trained on; 0 for none.
-        device, precision, extraction: passed on to `features.load_many` (batch_size, num_workers, ...).
+        need_text: False lets a bank without text features pass; zero-shot logits are then zeros.
+        device, precision, extraction: passed on to `features.load_many` (batch_size, num_workers, quarantine, ...).
+
+    Raises:
+        ValueError: no training, test or text features, or two banks whose encoders or dimensions differ.
     """
     if views == 1 or views < 0:
         raise ValueError(f"views is 0 (plain images) or at least 2 random crops, not {views}")
+    test = test or dataset
+    card, test_card = _card(dataset), _card(test)
+    if "train" not in card.splits:
+        raise ValueError(f"{dataset} can be tested on, not learned from: learn from another with test={dataset!r}")
+    if "test" not in test_card.splits:
+        raise ValueError(f"{test} has no test images, only {', '.join(test_card.splits)}; name others by test=...")
     clip, auxiliaries = encoders(dataset, clip, aux)
-    if aux == "auto":
-        auxiliaries = auxiliaries[:1]
-    options = {} if dataset.startswith("features:") else {"device": device, "precision": precision} | extraction
-    prompts = None if templates == "auto" else templates
-    text = features.load_text(
-        dataset, clip, prompts, **({k: options[k] for k in ("device", "precision") if k in options})
-    )
-    clip_parts, aux_parts, prints = {}, {}, {"text": text.fingerprint}
-    for part in ("train", "val", "test", *(["views"] if views else [])):
-        shown = {"views": views} if part == "views" else {}
-        split = "train" if part == "views" else part
-        first, *rest = features.load_many(dataset, split, [clip, *auxiliaries], **options, **shown)  # one decoding pass
-        clip_parts[part], aux_parts[part] = first, rest
-        prints |= {f"{part}/{f.backbone}": f.fingerprint for f in (first, *rest)}
-    index = features.bank_shot_index(dataset) if dataset.startswith("features:") else None
-    return TaskSource(dataset, clip_parts, aux_parts, text, index, (clip, "+".join(auxiliaries)), prints)
+    auxiliaries = auxiliaries[:1] if aux == "auto" else auxiliaries
+    if aux == "auto" and auxiliaries == ("clip",):
+        print(f"{dataset} has no auxiliary features; CLIP's own stand in for them (aux=clip)")
+    names = [clip] if auxiliaries == ("clip",) else [clip, *(clip if a == "clip" else a for a in auxiliaries)]
+    is_bank = isinstance(card, FeatureBank)
+    offered = {*test_card.clip_encoders, *test_card.aux_encoders} if isinstance(test_card, FeatureBank) else set(names)
+    if is_bank != isinstance(test_card, FeatureBank) or not offered >= set(names):
+        raise ValueError(f"{test} does not have the features {' and '.join(names)} that {dataset} is learned with")
+    options = {} if is_bank else {"device": device, "precision": precision} | extraction
+    parts = {
+        part: load_many(test if part == "test" else dataset, part, names, **options)  # one decoding pass
+        for part in ("train", "val", "test")
+        if part == "test" or part in card.splits
+    }
+    if views:
+        parts["views"] = load_many(dataset, "train", names, views=views, **options)
+    for a, b in zip(parts["train"], parts["test"], strict=True):
+        if a.x.shape[1] != b.x.shape[1]:
+            raise ValueError(f"{a.encoder} has {a.x.shape[1]} dimensions in {dataset}, {b.x.shape[1]} in {test}")
+    prints = {f"{part}/{f.encoder}": f.fingerprint for part, group in parts.items() for f in group}
+    text = None
+    if need_text or not is_bank or card.has_text(clip):
+        shared = {key: options[key] for key in ("device", "precision", "cache") if key in options}
+        text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
+        text, prints["text"] = replace(text, x=_unit(text.x, f"{dataset}: text features")), text.fingerprint
+    codes = [getattr(one, "codes", ()) for one in (card, test_card)]
+    classes = codes if all(codes) else [parts[part][0].classnames for part in ("train", "test")]
+    class_map = _match(*classes, f"{dataset} -> {test}")
+    return TaskSource(dataset, test, parts, text, class_map, (clip, "+".join(auxiliaries)), prints)
 
 
-def sample(bank: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
-    """Draw a K-shot task: nested in `shots` (the 4 shots of a seed contain its 2 shots), stratified by class.
+def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
+    """A K-shot task: nested in `shots` (the 4 shots of a seed contain its 2 shots), stratified by class.
 
     Args:
-        shots: support images per class, 1 or more.
-        seed: 0 takes a bank's own shot order where it has one; any other seed permutes.
+        shots: support images per class; a class with fewer training images gives all it has.
         val_shots: validation images per class, at most `shots` of them (CoOp's min(K, 4)); 0 keeps all.
 
     Raises:
-        ValueError: a class has fewer training images than `shots`.
+        ValueError: a class has no training images, or no class has `shots` of them.
     """
-    train, val = bank.clip["train"], bank.clip["val"]
-    if shots < 1:
-        raise ValueError(f"shots must be 1 or more, not {shots}")
-    counts = torch.bincount(train.y, minlength=len(bank.text.classnames))
-    if shots > counts.min():
-        poorest = bank.text.classnames[int(counts.argmin())]
-        raise ValueError(
-            f"{bank.name}: {shots} shots asked for, but class {poorest!r} has {int(counts.min())} training images"
-        )
+    if shots < 1 or val_shots < 0:
+        raise ValueError(f"shots must be 1 or more and val_shots 0 or more, not {shots} and {val_shots}")
+    y, names = source.parts["train"][0].y, source.classnames
+    counts = torch.bincount(y, minlength=len(names))
+    extreme = int(counts.argmax() if counts.all() else counts.argmin())
+    if shots > counts[extreme]:
+        size = f"class {names[extreme]!r} has {int(counts[extreme])} training images"
+        more = ", no class has more" if counts.all() else ""
+        raise ValueError(f"{source.name}: {shots} shots asked for, but {size}{more}")
     generator = torch.Generator().manual_seed(seed)
-    rank = _rank_in_class(train.y, generator)
-    if bank.shot_index is not None and seed == 0:
-        rank = bank.shot_index
-    chosen = torch.argsort(train.y * len(train.y) + rank)  # class by class, by rank inside the class
-    chosen = chosen[rank[chosen] < shots]
-    val_rank = _rank_in_class(val.y, generator)
-    keep = torch.arange(len(val.y)) if val_shots == 0 else torch.nonzero(val_rank < min(shots, val_shots))[:, 0]
-    shown = [bank.clip["views"], *bank.aux["views"]] if "views" in bank.clip else []
-    part = {"train": chosen, "val": keep, "test": slice(None)}
-    arrays = {
-        p: {"clip": bank.clip[p].x[rows], "aux": _joined([f.x[rows] for f in bank.aux[p]]), "y": bank.clip[p].y[rows]}
-        for p, rows in part.items()
-    }
-    return FewShotTask.from_arrays(
-        text=bank.text.x,
-        support=arrays["train"],
-        val=arrays["val"],
-        test=arrays["test"],
-        classnames=bank.text.classnames,
+    rows = _draw_rows(y, shots, generator)
+    val_y = source.parts["val"][0].y if "val" in source.parts else y[:0]
+    val_rows = _draw_rows(val_y, min(shots, val_shots) or len(val_y), generator).sort().values
+    num_views = len(source.parts["views"][0].x) if "views" in source.parts else 0
+    return FewShotTask(
+        support=source.split("train", rows),
+        val=source.split("val", val_rows) if len(val_rows) else None,
+        test=source.test,
+        text=source.text.x if source.text else None,
+        classnames=names,
+        shots=shots,
         seed=seed,
-        name=bank.name,
-        views=[
-            {"clip": clip[chosen], "aux": _joined([x[chosen] for x in aux]), "y": train.y[chosen]}
-            for clip, *aux in zip(*(f.x for f in shown), strict=True)
-        ],
+        name=source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}",
+        views=tuple(source.split("views", rows, view) for view in range(num_views)),
+        rows=rows.sort().values,
     )
 
 
-def _rank_in_class(y: Int64[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
-    """Return each row's place in a random order of its own class, from 0."""
+def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
+    """Tasks of seeds 1 to `seeds`; equal supports (K of K images, or `imagenet@16/1`) come once."""
+    if seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, not {seeds}")
+    drawn: dict[tuple[int, ...], FewShotTask] = {}
+    for seed in range(1, seeds + 1):
+        task = sample(source, shots, seed, val_shots)
+        drawn.setdefault(tuple(task.rows.tolist()), task)
+    return list(drawn.values())
+
+
+def _card(dataset: str) -> FeatureBank | datasets.Dataset:
+    return FeatureBank(dataset) if dataset.startswith("features:") else datasets.load(dataset)
+
+
+def _match(classes: Sequence[str], test_classes: Sequence[str], what: str) -> Int64[Tensor, " T"]:
+    """Index of each class of the test set among the task's classes, -1 for none."""
+    mine, others = ([datasets._plain(name) for name in group] for group in (classes, test_classes))
+    if len(set(mine)) < len(mine) and mine != others:
+        raise ValueError(f"{what}: two classes of one name, {max(mine, key=mine.count)!r}, cannot be matched by it")
+    index = dict(zip(mine, range(len(mine)), strict=True))
+    return torch.arange(len(mine)) if mine == others else torch.tensor([index.get(name, -1) for name in others])
+
+
+def _draw_rows(y: Int64[Tensor, " n"], count: int, generator: torch.Generator) -> Int64[Tensor, " m"]:
+    """The first `count` rows (or all) of each class in a random order, class by class."""
     order = torch.randperm(len(y), generator=generator)
     order = order[torch.argsort(y[order], stable=True)]
-    start = torch.cumsum(torch.bincount(y), 0) - torch.bincount(y)
-    rank = torch.empty_like(y)
-    rank[order] = torch.arange(len(y)) - start[y[order]]
-    return rank
+    sizes = torch.bincount(y)
+    place = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[order]]
+    return order[place < count]
 
 
-def _joined(parts: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n Da"]:
-    """Return the rows of several encoders side by side, each of unit length."""
-    return torch.cat([F.normalize(x, dim=1) for x in parts], dim=1) if len(parts) > 1 else parts[0]
+def _tensor(values: Any, what: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{what} must be numbers, not {array.dtype}")
+    return torch.tensor(np.ascontiguousarray(array))
 
 
-def _unit(x: Float[Tensor, "n d"], what: str) -> Float[Tensor, "n d"]:
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x).all(dim=1)).sum())
-        raise ValueError(f"{what}: {bad} of {len(x)} rows hold NaN or infinite values")
-    norms = x.float().norm(dim=1, keepdim=True)
-    if (norms == 0).any():
-        raise ValueError(f"{what}: {int((norms == 0).sum())} of {len(x)} rows are all zeros and have no direction")
-    return x.float() / norms
+def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
+    """Rows of length 1, float32."""
+    x = _tensor(values, what).float()
+    if x.ndim != 2:
+        raise ValueError(f"{what} must be rows [n, d], not {tuple(x.shape)}")
+    norms = x.norm(dim=1, keepdim=True)  # NaN or infinite where a value is
+    for wrong, fault in ((~norms.isfinite(), "hold NaN or infinite values"), (norms == 0, "are all zeros")):
+        if wrong.any():
+            raise ValueError(f"{what}: {int(wrong.sum())} of {len(x)} rows {fault}")
+    return x / norms
 
 
-def _split(arrays: Mapping[str, Tensor], text: Float[Tensor, "C D"], what: str) -> Split:
-    missing = {"clip", "aux", "y"} - set(arrays)
+def _split(
+    arrays: Arrays, text: Float[Tensor, "C D"] | None, num_classes: int, with_aux: bool, name: str, part: str
+) -> Split:
+    """One part, checked; -1 may stand among the labels of `test` alone."""
+    what, keys = f"{name}, {part}", ("clip", "aux", "y") if with_aux else ("clip", "y")
+    missing = [key for key in keys if key not in arrays]
     if missing:
-        raise ValueError(f"{what}: needs clip, aux and y, lacks {', '.join(sorted(missing))}")
-    clip, aux, y = arrays["clip"], arrays["aux"], arrays["y"].long()
+        raise ValueError(f"{what}: needs {', '.join(keys)}; lacks {', '.join(missing)}")
+    clip, y = _unit(arrays["clip"], f"{what}: CLIP features"), _tensor(arrays["y"], f"{what}: labels")
+    aux = _unit(arrays["aux"], f"{what}: auxiliary features") if with_aux else clip
+    if y.ndim != 1 or (len(y) and y.is_floating_point()):
+        raise ValueError(f"{what}: labels must be whole numbers [n], not {y.dtype} {tuple(y.shape)}")
     if not len(clip) == len(aux) == len(y):
         raise ValueError(f"{what}: {len(clip)} CLIP rows, {len(aux)} auxiliary rows, {len(y)} labels")
-    if clip.shape[1] != text.shape[1]:
+    if text is not None and clip.shape[1] != text.shape[1]:
         raise ValueError(f"{what}: CLIP features have {clip.shape[1]} dimensions, text features {text.shape[1]}")
-    if len(y) and (int(y.min()) < 0 or int(y.max()) >= len(text)):
-        raise ValueError(f"{what}: labels run from {int(y.min())} to {int(y.max())}, text has {len(text)} classes")
-    clip = _unit(clip, f"{what}: CLIP features")
-    return Split(clip, _unit(aux, f"{what}: auxiliary features"), y, LOGIT_SCALE * clip @ text.T)
-
-
-def _shots(y: Int64[Tensor, " n"], classnames: Sequence[str], what: str) -> int:
-    counts = torch.bincount(y, minlength=len(classnames))
-    if int((counts > 0).sum()) != len(classnames):
-        raise ValueError(f"{what}: support has {int((counts > 0).sum())} classes, text has {len(classnames)}")
-    if int(counts.min()) != int(counts.max()):
-        low, high = int(counts.argmin()), int(counts.argmax())
+    y = y.long()
+    if len(y) and (int(y.min()) < (-1 if part == "test" else 0) or int(y.max()) >= num_classes):
         raise ValueError(
-            f"{what}: every class needs the same number of support images, but {classnames[low]!r} has "
-            f"{int(counts[low])} and {classnames[high]!r} has {int(counts[high])}"
+            f"{what}: labels run from {int(y.min())} to {int(y.max())}, the task has {num_classes} classes"
         )
-    return int(counts[0])
+    zero_shot = torch.zeros(len(clip), num_classes) if text is None else LOGIT_SCALE * clip @ text.T
+    return Split(clip, aux, y, zero_shot, arrays.get("classes"))
