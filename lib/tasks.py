@@ -120,10 +120,11 @@ class FewShotTask:
                 a feature is NaN or infinite, or a row is all zeros.
         """
         text = None if text is None else _unit(text, f"{name}: text features")
-        size = len(text) if text is not None else num_classes or 0
-        names = tuple(classnames) if classnames is not None else tuple(f"class {c}" for c in range(size))
-        if size not in (0, len(names)):
-            raise ValueError(f"{name}: {len(names)} class names but text features for {size} classes")
+        counted = {"text": text, "classnames": classnames, "num_classes": range(num_classes) if num_classes else None}
+        sizes = {what: len(classes) for what, classes in counted.items() if classes is not None}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"{name}: text, classnames or num_classes must give one number of classes, not {sizes}")
+        names = tuple(classnames or (f"class {c}" for c in range(max(sizes.values()))))
         with_aux = any("aux" in arrays for arrays in (support, test, val or {}))
 
         def split(arrays: Arrays, part: str) -> Split:
