@@ -1,8 +1,7 @@
 """Few-shot tasks: K labelled images per class, and everything a logit bias may look at.
 
-A method learns from a task's `support`, may choose hyper-parameters on `val`, and is judged on `test`; all three have
-the same fields. Rows are L2-normalised here, once, so that every module below works on unit rows; features on disk
-keep their encoder's own scale.
+A method learns from a task's `support`, may choose hyper-parameters on `val`, and is judged on `test`. Rows are
+L2-normalised here, once: all modules below work on unit rows, while features on disk keep their encoder's scale.
 """
 
 from __future__ import annotations
@@ -26,32 +25,22 @@ Arrays = Mapping[str, Any]  # tensors, arrays or lists
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a task; row i of every field is the same image.
+    """One part of a task; row i of every field is the same image."""
 
-    Attributes:
-        clip: unit rows from CLIP's image tower.
-        aux: unit rows from the auxiliary encoder.
-        y: class index in [0, C); in a test part also -1, an image of a class that the task has not.
-        zero_shot: 100 x cosine to the class texts, `s0` in the formulas; zeros without texts.
-        classes: the classes of the task that predictions are an argmax over, where the test set has not all (None).
-    """
-
-    clip: Float[Tensor, "n D"]
-    aux: Float[Tensor, "n Da"]
-    y: Int64[Tensor, " n"]
-    zero_shot: Float[Tensor, "n C"]
-    classes: Int64[Tensor, " M"] | None = None
+    clip: Float[Tensor, "n D"]  # unit rows from CLIP's image tower
+    aux: Float[Tensor, "n Da"]  # unit rows from the auxiliary encoder
+    y: Int64[Tensor, " n"]  # class index; in a test part also -1, an image of a class that the task has not
+    zero_shot: Float[Tensor, "n C"]  # 100 x cosine to the class texts, `s0` in the formulas; zeros without texts
+    classes: Int64[Tensor, " M"] | None = None  # predictions are an argmax over these: the test set's (None: all)
 
     def __len__(self) -> int:
         return len(self.y)
 
     def features(self, kind: str) -> Float[Tensor, "n d"]:
         """Rows that a predictor is fed: `clip`, `aux` or `clip+aux` (both, each weighing one half)."""
-        if kind == "clip+aux":
-            return torch.cat([self.clip, self.aux], dim=1) * 0.5**0.5
-        if kind not in ("clip", "aux"):
+        if kind not in ("clip", "aux", "clip+aux"):
             raise ValueError(f"features are 'clip', 'aux' or 'clip+aux', not {kind!r}")
-        return getattr(self, kind)
+        return torch.cat([self.clip, self.aux], dim=1) * 0.5**0.5 if kind == "clip+aux" else getattr(self, kind)
 
     def rows(self, index: Int64[Tensor, " m"]) -> Split:
         """The chosen rows as a split of their own."""
@@ -60,37 +49,25 @@ class Split:
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """A K-shot classification task with zero-shot logits.
+    """A K-shot classification task with zero-shot logits."""
 
-    Attributes:
-        support: at least one image of each class; class by class if drawn.
-        val: images for choosing hyper-parameters; None where there are none, or none may be used.
-        test: images for the verdict; None in the copy that tuning gets.
-        text: unit class texts; None where the features come without.
-        shots: support images per class, of the class that has most.
-        seed: the seed that drew the support and the validation images.
-        views: augmented renderings of the support, row for row; empty when only plain images were encoded.
-        rows: the support's rows in the training part, ascending; None from arrays.
-    """
-
-    support: Split
-    val: Split | None
-    test: Split | None
-    text: Float[Tensor, "C D"] | None
+    support: Split  # at least one image of each class; class by class if drawn
+    val: Split | None  # images for choosing hyper-parameters; None where there are none, or none may be used
+    test: Split | None  # images for the verdict; None in the copy that tuning gets
+    text: Float[Tensor, "C D"] | None  # unit class texts; None where the features come without
     classnames: tuple[str, ...]
-    shots: int
-    seed: int
+    shots: int  # support images of the class that has most
+    seed: int  # it drew the support and the validation images
     name: str = "arrays"
-    views: tuple[Split, ...] = ()
-    rows: Int64[Tensor, " n"] | None = None
+    views: tuple[Split, ...] = ()  # augmented renderings of the support, row for row
+    rows: Int64[Tensor, " n"] | None = None  # the support's rows in the training part, ascending; None from arrays
 
     @property
     def num_classes(self) -> int:
         return len(self.classnames)
 
     @property
-    def counts(self) -> Int64[Tensor, " C"]:
-        """Support images of each class."""
+    def counts(self) -> Int64[Tensor, " C"]:  # support images of each class
         return torch.bincount(self.support.y, minlength=self.num_classes)
 
     @classmethod
@@ -110,14 +87,13 @@ class FewShotTask:
         """A task from plain arrays: features of any scale, labels as integers.
 
         Args:
-            support, val, test: each with `clip [n, D]`, `aux [n, Da]` (in none: CLIP's rows stand in) and `y [n]`; test
-                may hold labels -1, and `classes`, see `Split`.
+            support, val, test: each with `clip [n, D]`, `aux [n, Da]` (in none: CLIP's rows stand in) and `y [n]`;
+                test may have labels -1 and `classes`, see `Split`.
             text: one row per class; without it, `classnames` or `num_classes` is needed.
             views: augmented renderings of the support, in its row order.
 
         Raises:
-            ValueError: shapes, label ranges or class counts disagree, a class has no support image, test is empty,
-                a feature is NaN or infinite, or a row is all zeros.
+            ValueError: parts disagree, a class has no support image, test is empty, a row is zero or not finite.
         """
         text = None if text is None else _unit(text, f"{name}: text features")
         counted = {"text": text, "classnames": classnames, "num_classes": range(num_classes) if num_classes else None}
@@ -125,14 +101,11 @@ class FewShotTask:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"{name}: text, classnames or num_classes must give one number of classes, not {sizes}")
         names = tuple(classnames or (f"class {c}" for c in range(max(sizes.values()))))
-        with_aux = any("aux" in arrays for arrays in (support, test, val or {}))
-
-        def split(arrays: Arrays, part: str) -> Split:
-            return _split(arrays, text, len(names), with_aux, name, part)
-
-        parts = {"support": split(support, "support"), "test": split(test, "test")}
-        parts["val"] = split(val, "val") if val is not None else None
-        widths = {part: split.aux.shape[1] for part, split in parts.items() if split}
+        given = {"support": support, "test": test} | ({} if val is None else {"val": val})
+        given |= {f"view {i}": view for i, view in enumerate(views)}
+        with_aux = any("aux" in arrays for arrays in given.values())
+        parts = {part: _split(arrays, text, len(names), with_aux, name, part) for part, arrays in given.items()}
+        widths = {part: split.aux.shape[1] for part, split in parts.items()}
         if len(set(widths.values())) > 1:
             raise ValueError(f"{name}: auxiliary features have different dimensions: {widths}")
         if not parts["test"]:
@@ -140,57 +113,40 @@ class FewShotTask:
         counts = torch.bincount(parts["support"].y, minlength=len(names))
         if not counts.all():
             raise ValueError(f"{name}: support has no image of class {names[int(counts.argmin())]!r}")
-        drawn_views = tuple(split(view, f"view {i}") for i, view in enumerate(views))
-        for i, view in enumerate(drawn_views):
-            if not torch.equal(view.y, parts["support"].y):
-                raise ValueError(f"{name}: view {i} has other labels than the support, whose rows it must follow")
-        parts["val"] = parts["val"] or None  # an empty split is false
-        return cls(
-            **parts, text=text, classnames=names, shots=int(counts.max()), seed=seed, name=name, views=drawn_views
-        )
+        support, test, val = parts.pop("support"), parts.pop("test"), parts.pop("val", None) or None  # if not empty
+        for part, view in parts.items():
+            if not torch.equal(view.y, support.y):
+                raise ValueError(f"{name}: {part} has other labels than the support, whose rows it must follow")
+        return cls(support, val, test, text, names, int(counts.max()), seed, name, tuple(parts.values()))
 
     def for_tuning(self, protocol: str) -> FewShotTask:
         """The copy that a method may learn from and choose on; it holds no test part.
 
-        `val` leaves support and validation images, `fixed` the support alone. Under `oracle` the test images of the
-        task's classes replace the validation images: results of that protocol are optimistic and must carry its name.
+        `val` leaves support and val, `fixed` the support alone. Under `oracle` the test images of the task's classes
+        take the place of val: results of that protocol are optimistic and must carry its name.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
         if protocol != "oracle":
             return replace(self, val=self.val if protocol == "val" else None, test=None)
-        if self.test is None or not (self.test.y >= 0).any():
+        labelled = torch.nonzero(self.test.y >= 0)[:, 0] if self.test else ()
+        if len(labelled) == 0:
             raise ValueError("the oracle protocol needs test images of the task's classes, this task has none")
-        unknown = (self.test.y < 0).any()
-        return replace(
-            self, val=self.test.rows(torch.nonzero(self.test.y >= 0)[:, 0]) if unknown else self.test, test=None
-        )
+        return replace(self, val=self.test if len(labelled) == len(self.test) else self.test.rows(labelled), test=None)
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Features of a data set under CLIP and an auxiliary encoder, mapped into memory until a task is drawn.
+    """Features of a data set under CLIP and an auxiliary encoder, mapped into memory until a task is drawn."""
 
-    Attributes:
-        name, test_name: the data set that tasks learn from, and the one they are tested on.
-        parts: of `train`, `test` and, where there are any, `val` and `views`: CLIP's features, then the auxiliary ones.
-        text: class texts, unit rows; None where the bank has none.
-        class_map: for each class of the test set its index in the task, -1 for a class that the task has not.
-        encoders: names of CLIP and of the auxiliary encoder, "clip" where CLIP's own features stand in.
-        fingerprints: of `text` and of each `part/encoder`.
-    """
-
-    name: str
-    test_name: str
-    parts: Mapping[str, Sequence[Features]]
-    text: TextFeatures | None
-    class_map: Int64[Tensor, " T"]
-    encoders: tuple[str, str]
-    fingerprints: Mapping[str, str]
-
-    @property
-    def classnames(self) -> tuple[str, ...]:
-        return self.parts["train"][0].classnames
+    name: str  # the data set that tasks learn from
+    test_name: str  # the data set that they are tested on
+    classnames: tuple[str, ...]
+    parts: Mapping[str, Sequence[Features]]  # of train, test, perhaps val and views: CLIP's, then the auxiliary ones
+    text: TextFeatures | None  # None where the bank has none
+    class_map: Int64[Tensor, " T"]  # for each class of the test set its index in the task, -1 for none
+    encoders: tuple[str, str]  # CLIP and auxiliary; "clip" where CLIP's own features stand in for these
+    fingerprints: Mapping[str, str]  # of `text` and of each `part/encoder`
 
     @cached_property
     def test(self) -> Split:
@@ -206,20 +162,17 @@ class TaskSource:
         arrays = {"clip": clip, "y": self.class_map[y] if part == "test" else y}
         if aux:
             arrays["aux"] = aux[0] if len(aux) == 1 else torch.cat([normalize(x, dim=1) for x in aux], dim=1)
-        text = self.text.x if self.text else None
-        return _split(arrays, text, len(self.classnames), bool(aux), self.name, part)
+        return _split(arrays, self.text and self.text.x, len(self.classnames), bool(aux), self.name, part)
 
 
 def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, tuple[str, ...]]:
     """Names of the CLIP encoder and of the auxiliary encoders; `auto` takes those of the data set's card.
 
-    A bank's are its first CLIP file and all its auxiliary files; "clip", CLIP's own features, stands in for none.
+    Of a bank these are the first CLIP file and all auxiliary files. Where there are none, CLIP's own: "clip".
     """
     card = _card(dataset)
-    if isinstance(card, FeatureBank):
-        own_clip, own_aux = card.clip_encoders[0], card.aux_encoders
-    else:
-        own_clip, own_aux = "embedded:clip", card.aux
+    is_bank = isinstance(card, FeatureBank)
+    own_clip, own_aux = (card.clip_encoders[0], card.aux_encoders) if is_bank else ("embedded:clip", card.aux)
     return own_clip if clip == "auto" else clip, tuple(aux.split("+")) if aux != "auto" else own_aux or ("clip",)
 
 
@@ -231,22 +184,18 @@ def load_source(
     test: str = "",
     templates: str = "auto",
     views: int = 0,
-    device: str = "auto",
-    precision: str = "fp32",
     need_text: bool = True,
     **extraction: Any,
 ) -> TaskSource:
-    """Load (or extract once) the features of a data set.
+    """Features of a data set (a name that `datasets.load` knows, or `features:PATH`), extracted if not yet cached.
 
     Args:
-        dataset: a name that `datasets.load` knows, or `features:PATH`.
-        clip: a CLIP encoder by name, or `auto`, see `encoders`.
-        aux: an auxiliary encoder by name, several joined by `+` (unit rows side by side), or `auto` for the first.
+        clip, aux: encoders by name, or `auto`, see `encoders`; several `aux` joined by `+`, `auto` is the first.
         test: the data set to test on, if another; classes are matched by WordNet code, else by name.
         templates: `auto` for the data set's own prompts; else `7`, `80` or a file, see `datasets.prompts`.
         views: random crops and flips of each training image, which heads are then trained on; 0 for none.
         need_text: False lets a bank without text features pass; zero-shot logits are then zeros.
-        device, precision, extraction: passed on to `features.load_many` (batch_size, num_workers, quarantine, ...).
+        extraction: options of `features.load_many` (device, precision, batch_size, quarantine, ...).
 
     Raises:
         ValueError: no training, test or text features, or two banks whose encoders or dimensions differ.
@@ -257,23 +206,18 @@ def load_source(
     card, test_card = _card(dataset), _card(test)
     if "train" not in card.splits:
         raise ValueError(f"{dataset} can be tested on, not learned from: learn from another with test={dataset!r}")
-    if "test" not in test_card.splits:
-        raise ValueError(f"{test} has no test images, only {', '.join(test_card.splits)}; name others by test=...")
     clip, auxiliaries = encoders(dataset, clip, aux)
     auxiliaries = auxiliaries[:1] if aux == "auto" else auxiliaries
     if aux == "auto" and auxiliaries == ("clip",):
         print(f"{dataset} has no auxiliary features; CLIP's own stand in for them (aux=clip)")
     names = [clip] if auxiliaries == ("clip",) else [clip, *(clip if a == "clip" else a for a in auxiliaries)]
     is_bank = isinstance(card, FeatureBank)
-    offered = {*test_card.clip_encoders, *test_card.aux_encoders} if isinstance(test_card, FeatureBank) else set(names)
-    if is_bank != isinstance(test_card, FeatureBank) or not offered >= set(names):
+    banked = {*test_card.clip_encoders, *test_card.aux_encoders} if isinstance(test_card, FeatureBank) else set()
+    if (is_bank or banked) and not set(names) <= banked:
         raise ValueError(f"{test} does not have the features {' and '.join(names)} that {dataset} is learned with")
-    options = {} if is_bank else {"device": device, "precision": precision} | extraction
-    parts = {
-        part: load_many(test if part == "test" else dataset, part, names, **options)  # one decoding pass
-        for part in ("train", "val", "test")
-        if part == "test" or part in card.splits
-    }
+    options = {} if is_bank else extraction
+    parts = {split: load_many(dataset, split, names, **options) for split in ("train", "val") if split in card.splits}
+    parts["test"] = load_many(test, "test", names, **options)
     if views:
         parts["views"] = load_many(dataset, "train", names, views=views, **options)
     for a, b in zip(parts["train"], parts["test"], strict=True):
@@ -286,20 +230,17 @@ def load_source(
         text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
         text, prints["text"] = replace(text, x=_unit(text.x, f"{dataset}: text features")), text.fingerprint
     codes = [getattr(one, "codes", ()) for one in (card, test_card)]
-    classes = codes if all(codes) else [parts[part][0].classnames for part in ("train", "test")]
-    class_map = _match(*classes, f"{dataset} -> {test}")
-    return TaskSource(dataset, test, parts, text, class_map, (clip, "+".join(auxiliaries)), prints)
+    classnames = [parts[part][0].classnames for part in ("train", "test")]
+    class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
+    return TaskSource(dataset, test, classnames[0], parts, text, class_map, (clip, "+".join(auxiliaries)), prints)
 
 
 def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
     """A K-shot task: nested in `shots` (the 4 shots of a seed contain its 2 shots), stratified by class.
 
     Args:
-        shots: support images per class; a class with fewer training images gives all it has.
+        shots: support images per class; a class with fewer gives all it has, but one must have as many.
         val_shots: validation images per class, at most `shots` of them (CoOp's min(K, 4)); 0 keeps all.
-
-    Raises:
-        ValueError: a class has no training images, or no class has `shots` of them.
     """
     if shots < 1 or val_shots < 0:
         raise ValueError(f"shots must be 1 or more and val_shots 0 or more, not {shots} and {val_shots}")
@@ -307,37 +248,28 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     counts = torch.bincount(y, minlength=len(names))
     extreme = int(counts.argmax() if counts.all() else counts.argmin())
     if shots > counts[extreme]:
-        size = f"class {names[extreme]!r} has {int(counts[extreme])} training images"
-        more = ", no class has more" if counts.all() else ""
-        raise ValueError(f"{source.name}: {shots} shots asked for, but {size}{more}")
+        poor = f"class {names[extreme]!r} has {int(counts[extreme])} training images"
+        poor += ", and no class has more" if counts.all() else ""
+        raise ValueError(f"{source.name}: {shots} shots asked for, but {poor}")
     generator = torch.Generator().manual_seed(seed)
     rows = _draw_rows(y, shots, generator)
     val_y = source.parts["val"][0].y if "val" in source.parts else y[:0]
     val_rows = _draw_rows(val_y, min(shots, val_shots) or len(val_y), generator).sort().values
     num_views = len(source.parts["views"][0].x) if "views" in source.parts else 0
-    return FewShotTask(
-        support=source.split("train", rows),
-        val=source.split("val", val_rows) if len(val_rows) else None,
-        test=source.test,
-        text=source.text.x if source.text else None,
-        classnames=names,
-        shots=shots,
-        seed=seed,
-        name=source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}",
-        views=tuple(source.split("views", rows, view) for view in range(num_views)),
-        rows=rows.sort().values,
-    )
+    views = tuple(source.split("views", rows, view) for view in range(num_views))
+    val = source.split("val", val_rows) if len(val_rows) else None
+    text = source.text and source.text.x
+    name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
+    support, rows = source.split("train", rows), rows.sort().values
+    return FewShotTask(support, val, source.test, text, names, shots, seed, name, views, rows)
 
 
 def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
     """Tasks of seeds 1 to `seeds`; equal supports (K of K images, or `imagenet@16/1`) come once."""
     if seeds < 1:
         raise ValueError(f"seeds must be 1 or more, not {seeds}")
-    drawn: dict[tuple[int, ...], FewShotTask] = {}
-    for seed in range(1, seeds + 1):
-        task = sample(source, shots, seed, val_shots)
-        drawn.setdefault(tuple(task.rows.tolist()), task)
-    return list(drawn.values())
+    tasks = [sample(source, shots, seed, val_shots) for seed in range(1, seeds + 1)]
+    return [task for i, task in enumerate(tasks) if not any(torch.equal(task.rows, t.rows) for t in tasks[:i])]
 
 
 def _card(dataset: str) -> FeatureBank | datasets.Dataset:
@@ -349,7 +281,7 @@ def _match(classes: Sequence[str], test_classes: Sequence[str], what: str) -> In
     mine, others = ([datasets._plain(name) for name in group] for group in (classes, test_classes))
     if len(set(mine)) < len(mine) and mine != others:
         raise ValueError(f"{what}: two classes of one name, {max(mine, key=mine.count)!r}, cannot be matched by it")
-    index = dict(zip(mine, range(len(mine)), strict=True))
+    index = {name: c for c, name in enumerate(mine)}
     return torch.arange(len(mine)) if mine == others else torch.tensor([index.get(name, -1) for name in others])
 
 
@@ -362,18 +294,13 @@ def _draw_rows(y: Int64[Tensor, " n"], count: int, generator: torch.Generator) -
     return order[place < count]
 
 
-def _tensor(values: Any, what: str) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{what} must be numbers, not {array.dtype}")
-    return torch.tensor(np.ascontiguousarray(array))
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.tensor(np.ascontiguousarray(values))
 
 
 def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
     """Rows of length 1, float32."""
-    x = _tensor(values, what).float()
+    x = _tensor(values).float()
     if x.ndim != 2:
         raise ValueError(f"{what} must be rows [n, d], not {tuple(x.shape)}")
     norms = x.norm(dim=1, keepdim=True)  # NaN or infinite where a value is
@@ -383,15 +310,13 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
     return x / norms
 
 
-def _split(
-    arrays: Arrays, text: Float[Tensor, "C D"] | None, num_classes: int, with_aux: bool, name: str, part: str
-) -> Split:
+def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:
     """One part, checked; -1 may stand among the labels of `test` alone."""
     what, keys = f"{name}, {part}", ("clip", "aux", "y") if with_aux else ("clip", "y")
     missing = [key for key in keys if key not in arrays]
     if missing:
         raise ValueError(f"{what}: needs {', '.join(keys)}; lacks {', '.join(missing)}")
-    clip, y = _unit(arrays["clip"], f"{what}: CLIP features"), _tensor(arrays["y"], f"{what}: labels")
+    clip, y = _unit(arrays["clip"], f"{what}: CLIP features"), _tensor(arrays["y"])
     aux = _unit(arrays["aux"], f"{what}: auxiliary features") if with_aux else clip
     if y.ndim != 1 or (len(y) and y.is_floating_point()):
         raise ValueError(f"{what}: labels must be whole numbers [n], not {y.dtype} {tuple(y.shape)}")
@@ -401,8 +326,7 @@ def _split(
         raise ValueError(f"{what}: CLIP features have {clip.shape[1]} dimensions, text features {text.shape[1]}")
     y = y.long()
     if len(y) and (int(y.min()) < (-1 if part == "test" else 0) or int(y.max()) >= num_classes):
-        raise ValueError(
-            f"{what}: labels run from {int(y.min())} to {int(y.max())}, the task has {num_classes} classes"
-        )
+        labels = f"labels run from {int(y.min())} to {int(y.max())}"
+        raise ValueError(f"{what}: {labels}, the task has {num_classes} classes")
     zero_shot = torch.zeros(len(clip), num_classes) if text is None else LOGIT_SCALE * clip @ text.T
     return Split(clip, aux, y, zero_shot, arrays.get("classes"))

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shim_contract  # noqa: F401  # MERGE: delete with its file
 import torch
 
-import shim_contract  # noqa: F401  # MERGE: delete with its file
 from lib import features, tasks
 from lib.tasks import FewShotTask
 
@@ -48,7 +48,6 @@ def test_scale_of_the_given_arrays_does_not_matter(make_arrays):
         (lambda a: a["val"]["y"].__setitem__(0, -1), "val: labels run from -1 to 4"),
         (lambda a: a["test"]["y"].__setitem__(0, -2), "test: labels run from -2 to 4"),
         (lambda a: a["val"].update(y=a["val"]["y"].float()), "val: labels must be whole numbers"),
-        (lambda a: a["val"].update(y=np.array(["a"] * 20)), "val: labels must be numbers, not <U1"),
         (lambda a: a.update(test={k: x[:0] for k, x in a["test"].items()}), "test has no images"),
     ],
 )
@@ -195,7 +194,9 @@ def test_a_class_with_fewer_images_gives_all_it_has(make_bank):
     assert small.counts.tolist() == [2, 2, 2] and set(small.rows.tolist()) < set(large.rows.tolist())
     assert torch.equal(large.support.y, large.support.y.sort().values)
     assert tasks.sample(source, 5, seed=1).counts.tolist() == [5, 2, 3]
-    with pytest.raises(ValueError, match="6 shots asked for, but class 'a' has 5 training images, no class has more"):
+    with pytest.raises(
+        ValueError, match="6 shots asked for, but class 'a' has 5 training images, and no class has more"
+    ):
         tasks.sample(source, 6, seed=1)
     lacking = tasks.load_source(make_bank("two", labels | {"train": [0, 0, 1]}))
     with pytest.raises(ValueError, match="1 shots asked for, but class 'c' has 0 training images"):
@@ -250,7 +251,7 @@ def test_clip_stands_in_for_missing_auxiliary_features_and_says_so(make_bank, ca
 
 def test_a_bank_without_texts_is_refused_unless_none_are_needed(make_bank):
     name = make_bank("one", ORDINARY, text=False)
-    with pytest.raises(ValueError, match="text.safetensors"):
+    with pytest.raises(ValueError, match=r"text\.safetensors"):
         tasks.load_source(name)
     source = tasks.load_source(name, need_text=False)
     task = tasks.sample(source, 2, seed=1)
@@ -302,23 +303,23 @@ def test_wordnet_codes_come_before_names():
 def test_pairs_that_do_not_fit_are_refused_with_both_named(make_bank):
     one = make_bank("one", ORDINARY)
     wide = make_bank("wide", ORDINARY, dim=5)
-    with pytest.raises(ValueError, match="clip_small has 4 dimensions in features:.*/one, 5 in features:.*/wide"):
+    with pytest.raises(ValueError, match=r"clip_small has 4 dimensions in features:.*/one, 5 in features:.*/wide"):
         tasks.load_source(one, test=wide)
     for other in (make_bank("other", ORDINARY, aux="aux_other"), "digits"):
         with pytest.raises(
-            ValueError, match="does not have the features clip_small and aux_small that features:.*/one"
+            ValueError, match=r"does not have the features clip_small and aux_small that features:.*/one"
         ):
             tasks.load_source(one, test=other)
 
 
 def test_a_set_with_only_a_test_split_is_tested_on_not_learned_from(make_bank):
     name = make_bank("other", {"test": [0, 1, 2]})
-    with pytest.raises(ValueError, match=f"can be tested on, not learned from.*test='{name}'"):
+    with pytest.raises(ValueError, match=rf"can be tested on, not learned from.*test='{name}'"):
         tasks.load_source(name)
-    with pytest.raises(ValueError, match="shapes-sketch can be tested on, not learned from.*test='shapes-sketch'"):
+    with pytest.raises(ValueError, match=r"shapes-sketch can be tested on, not learned from.*test='shapes-sketch'"):
         tasks.load_source("shapes-sketch")
     learned_only = make_bank("train", {"train": [0, 1, 2]})
-    with pytest.raises(ValueError, match="has no test images, only train; name others by test="):
+    with pytest.raises(ValueError, match="has no split 'test'"):
         tasks.load_source(learned_only)
     assert tasks.load_source(learned_only, test=name).test.y.tolist() == [0, 1, 2]
 
