@@ -166,14 +166,16 @@ class TaskSource:
 
 
 def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, tuple[str, ...]]:
-    """Names of the CLIP encoder and of the auxiliary encoders; `auto` takes those of the data set's card.
+    """Names of the CLIP encoder and of the auxiliary encoders; `auto` takes those of the card, else the embedded ones.
 
-    Of a bank these are the first CLIP file and all auxiliary files. Where there are none, CLIP's own: "clip".
+    A bank's are its first CLIP file and all its auxiliary files; "clip" (CLIP's own features) where it has none.
     """
     card = _card(dataset)
-    is_bank = isinstance(card, FeatureBank)
-    own_clip, own_aux = (card.clip_encoders[0], card.aux_encoders) if is_bank else ("embedded:clip", card.aux)
-    return own_clip if clip == "auto" else clip, tuple(aux.split("+")) if aux != "auto" else own_aux or ("clip",)
+    if isinstance(card, FeatureBank):
+        own_clip, own_aux = card.clip_encoders[0], card.aux_encoders or ("clip",)
+    else:
+        own_clip, own_aux = "embedded:clip", card.aux or datasets.load("shapes").aux
+    return own_clip if clip == "auto" else clip, own_aux if aux == "auto" else tuple(aux.split("+"))
 
 
 def load_source(
@@ -196,9 +198,6 @@ def load_source(
         views: random crops and flips of each training image, which heads are then trained on; 0 for none.
         need_text: False lets a bank without text features pass; zero-shot logits are then zeros.
         extraction: options of `features.load_many` (device, precision, batch_size, quarantine, ...).
-
-    Raises:
-        ValueError: no training, test or text features, or two banks whose encoders or dimensions differ.
     """
     if views == 1 or views < 0:
         raise ValueError(f"views is 0 (plain images) or at least 2 random crops, not {views}")
@@ -220,9 +219,10 @@ def load_source(
     parts["test"] = load_many(test, "test", names, **options)
     if views:
         parts["views"] = load_many(dataset, "train", names, views=views, **options)
-    for a, b in zip(parts["train"], parts["test"], strict=True):
-        if a.x.shape[1] != b.x.shape[1]:
-            raise ValueError(f"{a.encoder} has {a.x.shape[1]} dimensions in {dataset}, {b.x.shape[1]} in {test}")
+    for encoder, learned, tested in zip(names, parts["train"], parts["test"], strict=True):
+        dims, test_dims = learned.x.shape[1], tested.x.shape[1]
+        if dims != test_dims:
+            raise ValueError(f"{encoder} has {dims} dimensions in {dataset}, {test_dims} in {test}")
     prints = {f"{part}/{f.encoder}": f.fingerprint for part, group in parts.items() for f in group}
     text = None
     if need_text or not is_bank or card.has_text(clip):
@@ -248,9 +248,8 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     counts = torch.bincount(y, minlength=len(names))
     extreme = int(counts.argmax() if counts.all() else counts.argmin())
     if shots > counts[extreme]:
-        poor = f"class {names[extreme]!r} has {int(counts[extreme])} training images"
-        poor += ", and no class has more" if counts.all() else ""
-        raise ValueError(f"{source.name}: {shots} shots asked for, but {poor}")
+        size = f"{int(counts[extreme])} training images{', and no class has more' if counts.all() else ''}"
+        raise ValueError(f"{source.name}: {shots} shots asked for, but class {names[extreme]!r} has {size}")
     generator = torch.Generator().manual_seed(seed)
     rows = _draw_rows(y, shots, generator)
     val_y = source.parts["val"][0].y if "val" in source.parts else y[:0]
@@ -258,10 +257,9 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     num_views = len(source.parts["views"][0].x) if "views" in source.parts else 0
     views = tuple(source.split("views", rows, view) for view in range(num_views))
     val = source.split("val", val_rows) if len(val_rows) else None
-    text = source.text and source.text.x
     name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
     support, rows = source.split("train", rows), rows.sort().values
-    return FewShotTask(support, val, source.test, text, names, shots, seed, name, views, rows)
+    return FewShotTask(support, val, source.test, source.text and source.text.x, names, shots, seed, name, views, rows)
 
 
 def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
@@ -325,8 +323,8 @@ def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool
     if text is not None and clip.shape[1] != text.shape[1]:
         raise ValueError(f"{what}: CLIP features have {clip.shape[1]} dimensions, text features {text.shape[1]}")
     y = y.long()
-    if len(y) and (int(y.min()) < (-1 if part == "test" else 0) or int(y.max()) >= num_classes):
-        labels = f"labels run from {int(y.min())} to {int(y.max())}"
-        raise ValueError(f"{what}: {labels}, the task has {num_classes} classes")
+    low, high = (int(y.min()), int(y.max())) if len(y) else (0, 0)
+    if low < (-1 if part == "test" else 0) or high >= num_classes:
+        raise ValueError(f"{what}: labels run from {low} to {high}, the task has {num_classes} classes")
     zero_shot = torch.zeros(len(clip), num_classes) if text is None else LOGIT_SCALE * clip @ text.T
     return Split(clip, aux, y, zero_shot, arrays.get("classes"))

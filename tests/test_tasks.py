@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import shim_contract  # noqa: F401  # MERGE: delete with its file
 import torch
+from small_models import write_folder
 
 from lib import features, tasks
 from lib.tasks import FewShotTask
@@ -394,3 +395,8 @@ def test_auxiliary_encoders_come_from_the_card():
         clip == "embedded:clip" and len(auxiliaries) > 1 and all(name.startswith("embedded:") for name in auxiliaries)
     )
     assert tasks.encoders("digits", aux="embedded:random+clip")[1] == ("embedded:random", "clip")
+
+
+def test_own_images_take_the_embedded_encoders(tmp_path):
+    write_folder(tmp_path / "own", splits=())
+    assert tasks.encoders(f"folder:{tmp_path / 'own'}") == tasks.encoders("shapes")
