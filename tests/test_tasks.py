@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import shim_contract  # noqa: F401  # MERGE: delete with its file
 import torch
 from small_models import write_folder
 
