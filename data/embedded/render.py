@@ -4,9 +4,9 @@
     embedded-1/shapes/factors.csv                     what each image shows: shape, texture, colour, background, ...
     embedded-1/shapes/captions.csv, captions/         eight images of the embedded CLIP's training, with their captions
 
-All sets together are 27,725 images on 190 MB of disk and take half a minute; `lib` calls this at the first use of a set.
-A set is made under a lock, in a folder that gets its name at the end. data/benchmarks.json states names, splits and the version,
-which is to be raised whenever the same call would give other pixels.
+All sets together are 27,725 images on 190 MB of disk and take half a minute; `lib` calls this at the first use of a
+set. A set is made under a lock, in a folder that gets its name at the end. data/benchmarks.json states names, splits
+and the version, which is to be raised whenever the same call would give other pixels.
 """
 
 import argparse

@@ -16,12 +16,8 @@ from typing import NamedTuple
 import open_clip
 import timm
 import torch
-from jaxtyping import Float, Int64, UInt8
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 import world
+from jaxtyping import Float, Int64, UInt8
 from objectives import (
     FLIPPED,
     LIGHT,
@@ -36,6 +32,9 @@ from objectives import (
     seeded,
     vicreg_loss,
 )
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 CLIP_NAME = "embedded-clip"  # the name of the open_clip configuration
 CLIP_CONFIG = Path(__file__).resolve().parent / f"{CLIP_NAME}.json"

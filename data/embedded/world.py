@@ -8,14 +8,13 @@ Every pixel follows from an explicit numpy Generator, so the same call gives the
 
 from dataclasses import dataclass
 
+import draw as drawing
 import numpy as np
 import torch
+from draw import CORRUPTIONS, IMAGE_SIZE
 from jaxtyping import Int64, UInt8
 from sklearn.datasets import load_digits
 from torch import Tensor
-
-import draw as drawing
-from draw import CORRUPTIONS, IMAGE_SIZE
 
 SHAPES, NOVEL_SHAPES = drawing.SHAPES[:12], drawing.SHAPES[12:]
 TEXTURES, NOVEL_TEXTURES = drawing.TEXTURES[:6], drawing.TEXTURES[6:]

@@ -52,10 +52,8 @@ class Listing:
 def cards() -> dict[str, dict[str, Any]]:
     """data/benchmarks.json as one mapping from a data set's name to its card."""
     table = json.loads((ROOT / "data" / "benchmarks.json").read_text(encoding="utf-8"))
-    generated, common = (
-        table["generated"],
-        {"family": "generated", "script": table["script"], "version": table["version"]},
-    )
+    generated = table["generated"]
+    common = {"family": "generated", "script": table["script"], "version": table["version"]}
     return {
         **{name: {**common, **generated.get(card.get("like"), {}), **card} for name, card in generated.items()},
         **{name: {"family": "benchmark", "get": table["coop"], **card} for name, card in table["benchmarks"].items()},
@@ -69,36 +67,28 @@ def listing(name: str, root: Path) -> Listing:
     Raises:
         ValueError: files are missing, with what to download and where to put it; files that contradict themselves.
     """
-    return {"generated": _generated, "benchmark": _benchmark, "imagenet": _imagenet}[cards()[name]["family"]](
-        name, root
-    )
-
-
-# ---- generated sets -----------------------------------------------------------------------------------------
+    families = {"generated": _generated, "benchmark": _benchmark, "imagenet": _imagenet}
+    return families[cards()[name]["family"]](name, root)
 
 
 def _generated(name: str, root: Path) -> Listing:
-    """Class folders below a folder that carries the generator's version; made when a split is first listed."""
+    """Class folders that a script makes when a split is first listed; the folder's path carries the script's version."""
     card = cards()[name]
-    folder, names = root / card["version"] / name, tuple(card["classnames"])
-    splits = {split: partial(_generated_split, name, root, folder, split, names) for split in card["splits"]}
-    return Listing(folder, names, splits, f"class names and splits: {card['script']}", exact=card["version"])
+    folder, script = root / card["version"] / name, card["script"]
+    labels = {spoken.replace(" ", "_"): label for label, spoken in enumerate(card["classnames"])}
 
+    def listed(split: str) -> Items:
+        if not folder.is_dir():
+            command = [sys.executable, ROOT / script, name, "--root", root.resolve()]
+            made = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # its bar goes to our stderr
+            if made.returncode:
+                reason = made.stdout.strip() or f"exit status {made.returncode}"
+                raise ValueError(f"{name} could not be made: {reason}; try python {script} {name}")
+        items = _items(folder, folder / split, labels)
+        return sorted(items, key=lambda item: Path(item[0]).name)  # row i is the i-th image that was drawn
 
-def _generated_split(name: str, root: Path, folder: Path, split: str, names: tuple[str, ...]) -> Items:
-    script = cards()[name]["script"]
-    if not folder.is_dir():
-        command = [sys.executable, str(ROOT / script), name, "--root", str(root.resolve())]
-        made = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # its bar goes to our stderr
-        if made.returncode or not folder.is_dir():
-            reason = made.stdout.strip() or f"exit status {made.returncode}"
-            raise ValueError(f"{name} could not be made: {reason}; try python {script} {name}")
-    label = {spoken.replace(" ", "_"): index for index, spoken in enumerate(names)}
-    lost = [part for part in label if not (folder / split / part).is_dir()]
-    if lost:
-        raise ValueError(f"{name}: {folder / split} lacks class {lost[0]}; delete {folder}, it is made again")
-    items = [(str(file.relative_to(folder)), i) for part, i in label.items() for file in _files(folder / split / part)]
-    return sorted(items, key=lambda item: Path(item[0]).name)  # row i is the i-th image that was drawn
+    splits = {split: partial(listed, split) for split in card["splits"]}
+    return Listing(folder, tuple(card["classnames"]), splits, f"class names and splits: {script}", (), card["version"])
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------
@@ -174,20 +164,12 @@ def _imagenet(name: str, root: Path) -> Listing:
     if unknown:
         raise ValueError(f"{name}: folder {unknown[0]} ({len(unknown)} in all) has no class name in {made_by}")
 
-    def listed(folder: Path, keep: slice = slice(None)) -> Items:
-        lost = [code for code in folders if not (folder / code).is_dir()]
-        if lost:
-            raise ValueError(f"{name}: {folder} lacks {len(lost)} of {len(folders)} class folders, first {lost[0]}")
-        return [
-            (str(path.relative_to(images)), label)
-            for label, code in enumerate(folders)
-            for path in _files(folder / code)[keep]
-        ]
-
-    splits: dict[str, Callable[[], Items]] = {"test": lambda: listed(part)}
+    labels = {folder: label for label, folder in enumerate(folders)}
+    train = partial(_items, images, images / "train", labels)
+    splits: dict[str, Callable[[], Items]] = {"test": partial(_items, images, part, labels)}
     if name == "imagenet":
-        splits["train"] = lambda: listed(images / "train", slice(None, -VAL_IMAGES))
-        splits["val"] = lambda: listed(images / "train", slice(-VAL_IMAGES, None))
+        splits["train"] = partial(train, slice(None, -VAL_IMAGES))
+        splits["val"] = partial(train, slice(-VAL_IMAGES, None))
         made_by += f"; val is the last {VAL_IMAGES} images of each training class"
     return Listing(images, tuple(names[code] for code in codes), splits, made_by, codes)
 
@@ -214,12 +196,8 @@ def folder(path: Path) -> Listing:
             raise ValueError(f"{path}: {split} has class {min(extra)!r}, train has not")
     if not names:
         raise ValueError(f"{path}: no class folders")
-    items = {
-        split: [
-            (str(file.relative_to(path)), names.index(name)) for name in classes[split] for file in _files(at / name)
-        ]
-        for split, at in parts.items()
-    }
+    labels = {split: {name: names.index(name) for name in folders} for split, folders in classes.items()}
+    items = {split: _items(path, place, labels[split]) for split, place in parts.items()}
     return _completed(path, _distinct(path, names), items, "folders")
 
 
@@ -237,7 +215,7 @@ def csv_file(path: Path) -> Listing:
     """The listing of `csv:PATH`: columns path (relative to the file), label (the class's name) and split.
 
     Raises:
-        ValueError: a missing file or column, no rows, an empty or surplus field, an unknown split, an image listed twice.
+        ValueError: a missing file or column, no rows, an empty or surplus field, an unknown split, a repeated image.
     """
     if not path.is_file():
         raise ValueError(f"no file {path}")
@@ -289,19 +267,15 @@ def _distinct(path: Path, names: Sequence[str]) -> tuple[str, ...]:
 def _completed(root: Path, names: tuple[str, ...], items: dict[str, Items], made_by: str) -> Listing:
     """The listing with the splits that are missing: all from `all`, or val from train."""
     if "all" in items:
-        items, made_by = (
-            _parted(items["all"], SPLITS, FRACTIONS, names),
-            f"{made_by}; each class divided 50 : 20 : 30, seed 1",
-        )
+        items = _parted(items["all"], SPLITS, FRACTIONS, names)
+        made_by += "; each class divided 50 : 20 : 30, seed 1"
     elif "train" in items and "val" not in items:
         items = items | _parted(items["train"], ("train", "val"), (0.8, 0.2), names)
-        made_by = f"{made_by}; val is a fifth of each training class, seed 1"
+        made_by += "; val is a fifth of each training class, seed 1"
     return _listing(root, names, items, made_by)
 
 
-def _parted(
-    items: Items, splits: Sequence[str], fractions: Sequence[float], names: tuple[str, ...]
-) -> dict[str, Items]:
+def _parted(items: Items, splits: Sequence[str], fractions: Sequence[float], names: Sequence[str]) -> dict[str, Items]:
     rows = divide(torch.tensor([label for _, label in items]), fractions, names)
     return {split: [items[row] for row in chosen.tolist()] for split, chosen in zip(splits, rows, strict=True)}
 
@@ -316,6 +290,14 @@ def _listing(root: Path, names: tuple[str, ...], items: Mapping[str, Items], mad
 
 def _first(root: Path, places: Sequence[str]) -> Path | None:
     return next((root / place for place in places if (root / place).is_dir()), None)
+
+
+def _items(root: Path, place: Path, labels: Mapping[str, int], keep: slice = slice(None)) -> Items:
+    """The images of class folders below `place`, paths relative to `root`; `labels` has a label for every folder."""
+    lost = [name for name in labels if not (place / name).is_dir()]
+    if lost:
+        raise ValueError(f"{place} lacks {len(lost)} of {len(labels)} class folders, first {lost[0]}")
+    return [(str(p.relative_to(root)), label) for name, label in labels.items() for p in _files(place / name)[keep]]
 
 
 def _files(place: Path) -> list[Path]:
