@@ -72,7 +72,7 @@ def listing(name: str, root: Path) -> Listing:
 
 
 def _generated(name: str, root: Path) -> Listing:
-    """Class folders that a script makes when a split is first listed; the folder's path carries the script's version."""
+    """Class folders that a script makes when a split is first listed; their path carries the script's version."""
     card = cards()[name]
     folder, script = root / card["version"] / name, card["script"]
     labels = {spoken.replace(" ", "_"): label for label, spoken in enumerate(card["classnames"])}
@@ -111,8 +111,7 @@ def _benchmark(name: str, root: Path) -> Listing:
 
 def _how_to_get(name: str) -> str:
     card = cards()[name]
-    split = f" with {card['split']}" if card.get("split") else ""
-    return f"get it{split} from {card['get']}"
+    return f"get it{' with ' + card['split'] if 'split' in card else ''} from {card['get']}"
 
 
 def _coop(images: Path, split_file: Path) -> Listing:
@@ -154,11 +153,9 @@ def _imagenet(name: str, root: Path) -> Listing:
     if len(folders) != card["classes"]:
         has = f"{name} has {card['classes']} classes, {part} has {len(folders)} folders"
         raise ValueError(f"{has}; {_how_to_get(name)}")
-    codes = _wordnet_ids()
+    codes = tuple(folders)
     if name == "imagenetv2":  # its folders are called by the class index
-        folders = [str(index) for index in range(len(folders))]
-    else:
-        codes = tuple(folders)
+        codes, folders = _wordnet_ids(), [str(index) for index in range(len(folders))]
     names, made_by = _imagenet_names(images)
     unknown = [code for code in codes if code not in names]
     if unknown:
@@ -203,11 +200,11 @@ def folder(path: Path) -> Listing:
 
 def _split_folders(path: Path) -> dict[str, Path]:
     parts = {split: path / split for split in SPLITS if (path / split).is_dir()}
-    val = [name for name in VAL_NAMES if (path / name).is_dir()]
-    if len(val) > 1 and {"train", "test"} & set(parts):
-        raise ValueError(f"{path} has both {val[0]} and {val[1]}; one of them can be the validation images")
-    if val and {"train", "test"} & set(parts):  # without those, such a folder is a class
-        parts["val"] = path / val[0]
+    if "train" in parts or "test" in parts:  # without those, a folder called dev is a class
+        val = [path / name for name in VAL_NAMES if (path / name).is_dir()]
+        if len(val) > 1:
+            raise ValueError(f"{path} has both {val[0].name} and {val[1].name}; only one can be the validation images")
+        parts.update(zip(("val",), val, strict=False))
     return parts
 
 
