@@ -13,30 +13,20 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "embedded")]
 
-import draw  # noqa: E402
-import world  # noqa: E402
-
 from lib.files import data_root, one_line  # noqa: E402
 
 TABLE = json.loads((ROOT / "data" / "benchmarks.json").read_text(encoding="utf-8"))
-WORDS = {
-    "shape": draw.SHAPES,
-    "texture": draw.TEXTURES,
-    "colour": world.COLOURS,
-    "background": world.COLOURS,
-    "corruption": draw.CORRUPTIONS,
-}
 
 
 def make(name: str, root: Path) -> Path:
@@ -55,31 +45,38 @@ def make(name: str, root: Path) -> Path:
 
 
 def _write(name: str, folder: Path) -> None:
+    import world  # takes seconds, which a process that finds the set made does not spend
+
+    words = {
+        "shape": world.drawing.SHAPES,
+        "texture": world.drawing.TEXTURES,
+        "colour": world.COLOURS,
+        "background": world.COLOURS,
+        "corruption": world.CORRUPTIONS,
+        "group": range(4),
+    }
     factors = []
     for split in TABLE["generated"][name]["splits"]:
         rendered = world.digits(split) if name == "digits" else world.render(name, split)
         classes = [rendered.classnames[label].replace(" ", "_") for label in rendered.labels.tolist()]
-        paths = [f"{split}/{each}/{row:05d}.png" for row, each in enumerate(classes)]
-        _save(folder, paths, rendered.images, f"{name} {split}")
-        factors.append(pd.DataFrame({"path": paths, **_in_words(rendered.attributes)}))
-    if len(factors[0].columns) > 1:
+        images = {f"{split}/{each}/{row:05d}.png": rendered.images[row] for row, each in enumerate(classes)}
+        _save(folder, images, f"{name} {split}")
+        columns = {key: [words[key][i] for i in indices.tolist()] for key, indices in rendered.attributes.items()}
+        factors.append(pd.DataFrame({"path": list(images), **columns}))
+    if name != "digits":
         pd.concat(factors).to_csv(folder / "factors.csv", index=False)
     if name == "shapes":
         images, captions = world.render_captioned(8, seed=1)
-        paths = [f"captions/{row:05d}.png" for row in range(len(images))]
-        _save(folder, paths, images, "captions")
-        pd.DataFrame({"path": paths, "caption": captions}).to_csv(folder / "captions.csv", index=False)
+        images = {f"captions/{row:05d}.png": image for row, image in enumerate(images)}
+        _save(folder, images, "captions")
+        pd.DataFrame({"path": list(images), "caption": captions}).to_csv(folder / "captions.csv", index=False)
 
 
-def _in_words(attributes: dict[str, Tensor]) -> dict[str, list[str] | list[int]]:
-    values = {name: tensor.tolist() for name, tensor in attributes.items() if name != "split"}
-    return {name: [WORDS[name][i] for i in rows] if name in WORDS else rows for name, rows in values.items()}
-
-
-def _save(folder: Path, paths: list[str], images: Tensor, title: str) -> None:
-    for place in {(folder / path).parent for path in paths}:
+def _save(folder: Path, images: Mapping, title: str) -> None:
+    """Write tensors [3, h, w] of bytes as PNG files, by their paths below `folder`."""
+    for place in {(folder / path).parent for path in images}:
         place.mkdir(parents=True, exist_ok=True)
-    for path, image in zip(tqdm(paths, desc=title, unit="img", disable=None), images, strict=True):
+    for path, image in tqdm(images.items(), desc=title, unit="img", disable=None):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / path)
 
 
