@@ -1,11 +1,13 @@
-"""How an encoder learns without an evaluation image: augmentations, objectives, and one short loop."""
+"""How an encoder learns without an evaluation image: augmentations, losses, one short loop, four trainings."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
+from open_clip import ClipLoss
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # open_clip's defaults, use
 
 
 class Augmentation(NamedTuple):
-    """How far an image is changed: the smallest share of a side that a crop keeps, and whether half are mirrored."""
+    """How far an image is changed: the smallest fraction of a side that a crop keeps, and whether half are mirrored."""
 
     crop: float
     flip: bool = False
@@ -91,7 +93,7 @@ def patches(images: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n tok
 
 
 class MaskedAutoencoder(nn.Module):
-    """A light decoder on timm's vision transformer (He et al. 2022): hide patches, predict their pixels."""
+    """A light decoder on timm's vision transformer (He et al. 2022): patches are hidden, their pixels predicted."""
 
     def __init__(self, encoder: nn.Module, width: int = 64, hidden: float = 0.7):
         super().__init__()
@@ -136,7 +138,7 @@ class Schedule(NamedTuple):
 def optimise(
     modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, show: bool = False
 ) -> list[float]:
-    """Minimise `loss(step)` over the parameters of `modules`; the curve of its values comes back.
+    """Minimise `loss(step)` over the parameters of `modules`; its values come back.
 
     Raises:
         ValueError: a loss that is not finite, naming the step.
@@ -177,3 +179,128 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().to(memory_format=torch.channels_last)
+
+
+# ---- four trainings: the model is trained in place, the loss of every step comes back -------------------------
+
+
+def train_clip(
+    model: nn.Module,
+    images: UInt8[Tensor, "n 3 48 48"],
+    tokens: Int64[Tensor, "m length"],
+    schedule: Schedule,
+    seed: int,
+    show: bool = False,
+) -> list[float]:
+    """Contrastive training with open_clip's ClipLoss, in place; returns the loss of every step.
+
+    Embeddings of tokens that no caption uses become zero: they would stay random, and zeros pack well.
+
+    Raises:
+        ValueError: `images` and `tokens` differ in number.
+    """
+    if len(images) != len(tokens):
+        raise ValueError(f"{len(images)} images come with {len(tokens)} captions")
+    generator = torch.Generator().manual_seed(seed)
+    used = torch.zeros(model.vocab_size, dtype=torch.bool)
+    used[tokens.unique()] = True
+    with torch.no_grad():
+        model.token_embedding.weight[~used] = 0
+    rows, contrast = batches(len(images), schedule, generator), ClipLoss()
+
+    def loss(step: int) -> Tensor:
+        views = augment(images[rows[step]], LIGHT, generator)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        return contrast(*model(views, tokens[rows[step]]))
+
+    model.train()
+    curve = optimise([model], loss, schedule, show)
+    model.eval()
+    return curve
+
+
+def train_vicreg(
+    model: nn.Module,
+    pictures: UInt8[Tensor, "n 3 48 48"],
+    drawings: UInt8[Tensor, "n 3 48 48"],
+    schedule: Schedule,
+    seed: int,
+    show: bool = False,
+) -> list[float]:
+    """VICReg between a picture and a drawing of the same thing; the drawings' branch and the projectors are discarded.
+
+    Each kind of image has a branch of its own, as VICReg allows (Bardes et al. 2022, section 4.3).
+    """
+    generator, width = torch.Generator().manual_seed(seed), 256
+    other = copy.deepcopy(model)
+    projectors = seeded(
+        lambda: nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
+            )
+            for _ in range(2)
+        ),
+        seed,
+    )
+    rows = batches(len(pictures), schedule, generator)
+
+    def loss(step: int) -> Tensor:
+        views = [augment(kind[rows[step]], FLIPPED, generator) for kind in (pictures, drawings)]
+        return vicreg_loss(projectors[0](model(views[0])), projectors[1](other(views[1])))
+
+    for module in (model, other):
+        module.train()
+    curve = optimise([model, other, projectors], loss, schedule, show)
+    model.eval()
+    return curve
+
+
+def train_mae(
+    model: nn.Module, images: UInt8[Tensor, "n 3 48 48"], schedule: Schedule, seed: int, show: bool = False
+) -> list[float]:
+    """Masked autoencoding; the decoder is discarded."""
+    generator = torch.Generator().manual_seed(seed)
+    autoencoder = seeded(lambda: MaskedAutoencoder(model), seed)
+    rows = batches(len(images), schedule, generator)
+
+    def loss(step: int) -> Tensor:
+        return autoencoder.loss(augment(images[rows[step]], FLIPPED, generator), generator)
+
+    model.train()
+    curve = optimise([autoencoder], loss, schedule, show)
+    model.eval()
+    return curve
+
+
+def train_supervised(
+    model: nn.Module,
+    images: UInt8[Tensor, "n 3 48 48"],
+    labels: Int64[Tensor, "m factors"],
+    schedule: Schedule,
+    seed: int,
+    show: bool = False,
+) -> list[float]:
+    """Cross-entropy, summed over one linear classifier for each column of `labels`; they are discarded.
+
+    Raises:
+        ValueError: `images` and `labels` differ in number, or a label is negative.
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images come with {len(labels)} rows of labels")
+    if labels.min() < 0:
+        raise ValueError(f"labels start at 0, the smallest here is {labels.min().item()}")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (labels.max(0).values + 1).tolist()
+    head = seeded(lambda: nn.Linear(model.num_features, sum(sizes)), seed)
+    rows = batches(len(images), schedule, generator)
+
+    def loss(step: int) -> Tensor:
+        views = augment(images[rows[step]], FLIPPED, generator)
+        logits = head(model(views)).split(sizes, 1)
+        return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels[rows[step]].T, strict=True))
+
+    model.train()
+    curve = optimise([model, head], loss, schedule, show)
+    model.eval()
+    return curve
