@@ -7,6 +7,8 @@ reproducible: the same numbers give the same bytes, as png for reading and as sv
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,7 @@ STYLES: dict[str, tuple[str, str]] = {
 STYLES |= {"head": STYLES["amu"], "cache": STYLES["tip_adapter"], "trained_cache": STYLES["tip_adapter_f"]}
 STYLES |= {"convex_head": STYLES["amu_convex"], "mlp": ("#5d4037", "H")}
 
+UNKNOWN = ("#8a7f72", ".")
 ENCODER_INKS = ("#0072b2", "#009e73", "#d55e00", "#000000", "#b58900", "#7b3294", "#56b4e9", "#cc79a7")
 ENCODER_MARKERS = "osD^vPXp"
 
@@ -61,10 +64,7 @@ RC = {
     "font.size": 8,
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
@@ -82,12 +82,12 @@ def use_style() -> None:
 
 def colour(method: str) -> str:
     """Colour of a method; grey-brown for one that has none yet."""
-    return STYLES.get(method, ("#8a7f72", "."))[0]
+    return STYLES.get(method, UNKNOWN)[0]
 
 
 def marker(method: str) -> str:
     """Marker of a method."""
-    return STYLES.get(method, ("#8a7f72", "."))[1]
+    return STYLES.get(method, UNKNOWN)[1]
 
 
 def short_name(encoder: str) -> str:
@@ -97,11 +97,8 @@ def short_name(encoder: str) -> str:
 
 def encoder_styles(encoders: Sequence[str]) -> dict[str, dict[str, str]]:
     """Colour and marker of each encoder, by its place in the list."""
-    count = len(ENCODER_INKS)
-    return {
-        name: {"color": ENCODER_INKS[i % count], "marker": ENCODER_MARKERS[i % count]}
-        for i, name in enumerate(encoders)
-    }
+    looks = zip(encoders, cycle(ENCODER_INKS), cycle(ENCODER_MARKERS), strict=False)
+    return {name: {"color": ink, "marker": mark} for name, ink, mark in looks}
 
 
 def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
@@ -112,13 +109,11 @@ def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     fig.draw_without_rendering()
     fig.set_layout_engine("none")
-    kinds = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
-    return [
-        replace_file(
-            folder / f"{name}{kind}", lambda out, k=kind, about=about: fig.savefig(out, format=k[1:], metadata=about)
-        )
-        for kind, about in kinds.items()
-    ]
+    paths = []
+    for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        write = partial(fig.savefig, format=kind, metadata=about)
+        paths.append(replace_file(folder / f"{name}.{kind}", write))
+    return paths
 
 
 def plain_ticks(ax: Axes, x: Sequence[float] | None = None, y: Sequence[float] | None = None) -> None:
@@ -148,17 +143,9 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]], gap: floa
     ordered = sorted(ends.items(), key=lambda item: item[1][1])
     places = spread([(y - low) / (high - low) for _, (_, y, _) in ordered], gap)
     for (name, (x, y, ink)), place in zip(ordered, places, strict=True):
-        ax.annotate(
-            name,
-            (x, y),
-            xytext=(1.04, place),
-            textcoords="axes fraction",
-            color=ink,
-            va="center",
-            fontsize=7,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)},
-        )
+        line = {"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+        look = {"color": ink, "va": "center", "fontsize": 7, "annotation_clip": False, "arrowprops": line}
+        ax.annotate(name, (x, y), xytext=(1.04, place), textcoords="axes fraction", **look)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
@@ -186,9 +173,8 @@ def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away:
     """
     ax.figure.canvas.draw()
     radius = 0.8 * away * ax.figure.dpi / 72
-    taken = [
-        Bbox.from_extents(*at - radius, *at + radius) for at in (ax.transData.transform(p[:2]) for p in points.values())
-    ]
+    centres = [ax.transData.transform(point[:2]) for point in points.values()]
+    taken = [Bbox.from_extents(*at - radius, *at + radius) for at in centres]
     sides = [(1, 0, "left"), (-1, 0, "right"), (0, 1.4, "center"), (0, -1.4, "center"), (1, 1.4, "left")]
     sides += [(-1, 1.4, "right"), (1, -1.4, "left"), (-1, -1.4, "right"), (1, 2.8, "left"), (1, -2.8, "left")]
     for name, (x, y, ink) in points.items():
@@ -267,14 +253,12 @@ def critical_difference(
         y = -depth - 1 - (place if best else len(names) - 1 - place)
         edge = 0.5 if best else len(names) + 0.5
         ax.plot([ranks[name], ranks[name], edge], [0, y, y], color=ink, lw=0.8)
-        ax.annotate(
-            f"{text}  {ranks[name]:.1f}" if not best else f"{ranks[name]:.1f}  {text}",
-            (edge, y),
-            xytext=(3 if best else -3, 0),
-            textcoords="offset points",
-            ha="left" if best else "right",
-            va="center",
-            fontsize=7,
-            color=ink,
-            annotation_clip=False,
-        )
+        words = f"{ranks[name]:.1f}  {text}" if best else f"{text}  {ranks[name]:.1f}"
+        look = {
+            "ha": "left" if best else "right",
+            "va": "center",
+            "fontsize": 7,
+            "color": ink,
+            "annotation_clip": False,
+        }
+        ax.annotate(words, (edge, y), xytext=(3 if best else -3, 0), textcoords="offset points", **look)
