@@ -228,7 +228,7 @@ def time_heads(task: FewShotTask, size: Mapping, rate: float) -> dict[str, dict]
     heads["cost"] = "largest difference of weights", apart
     heads["limit"] = 4e-9 * n * size["epochs"] * len(settings) * task.num_classes * size["aux_dim"] / rate
 
-    one, penalties = {"lam": 0.5, "beta": 5.0}, methods.METHODS["amu_convex"].refit["penalty"]
+    one, penalties = {"lam": 0.5, "beta": 5.0}, methods.METHODS["amu_convex"].fit_grid["penalty"]
     path = partial(predictors.ConvexHead.fit_many, task, [one | {"penalty": penalty} for penalty in penalties])
     title = f"{len(penalties)} convex optima\nagainst 1 AdamW run"
     convex, weights, fitted = claim(title, AIMS["convex"], partial(plain, [one]), path, turns)
@@ -245,7 +245,7 @@ def time_heads(task: FewShotTask, size: Mapping, rate: float) -> dict[str, dict]
 
 def time_grid(task: FewShotTask, size: Mapping, rate: float) -> dict[str, dict]:
     """Row of Tip-Adapter's grid of sharpness and beta, searched on validation images."""
-    grid, fit = methods.METHODS["tip_adapter"].grid, methods.build("tip_adapter").fit
+    grid, fit = methods.METHODS["tip_adapter"].post_grid, methods.build("tip_adapter").fit
     plain = partial(plain_tip_adapter, task, grid["sharpness"], grid["beta"])
     row, best, fitted = claim("Tip-Adapter's grid", AIMS["grid"], plain, lambda: fit(task), size["repeats"])
     limit = 2e-9 * len(task.val) * len(task.support) * size["dim"] / rate

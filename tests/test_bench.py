@@ -36,7 +36,7 @@ def test_plain_heads_end_where_ours_do():
 
 def test_the_plain_grid_has_the_accuracy_of_one_pass():
     task = bench.random_task(**SMALL | {"shots": 4})
-    grid = methods.METHODS["tip_adapter"].grid
+    grid = methods.METHODS["tip_adapter"].post_grid
     best = bench.plain_tip_adapter(task, grid["sharpness"], grid["beta"])
     ours = methods.build("tip_adapter").fit(task).val_accuracy_
     assert ours == pytest.approx(best, abs=1e-6)
