@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -61,8 +62,10 @@ RC = {
     "figure.dpi": 110,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
-    "font.size": 8,
-    "axes.titlesize": 8.5,
+    **{f"{part}.labelsize": 8 for part in ("axes", "xtick", "ytick")},
+    **{"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 8, "legend.title_fontsize": 8, "axes.linewidth": 0.8},
+    **{f"{axis}.{kind}.width": 0.7 for axis in ("xtick", "ytick") for kind in ("major", "minor")},
+    **{f"{axis}.{kind}.size": size for axis in ("xtick", "ytick") for kind, size in (("major", 3.5), ("minor", 2))},
     "axes.titlelocation": "left",
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
     "grid.color": "#e6e6e6",
@@ -107,7 +110,10 @@ def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
     The layout is computed once and then kept: constrained layout would move a little at every drawing.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    dpi = fig.dpi
+    fig.set_dpi(rcParams["savefig.dpi"])  # letters are as wide as they will be
     fig.draw_without_rendering()
+    fig.set_dpi(dpi)
     fig.set_layout_engine("none")
     paths = []
     for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
