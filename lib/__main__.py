@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from lib import runs
@@ -18,40 +19,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib", description="What makes a logit bias effective?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="execute a notebook headless and keep its record")
-    run.add_argument("notebook", help="its name, 05_tune_amu")
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
-    run.add_argument("--folder", type=Path, help="where the run goes (default: runs/NOTEBOOK)")
-    run.add_argument("--lenient", action="store_true", help="leave out parameters that this notebook does not have")
-    run.set_defaults(command=_run)
+    def command(name: str, call: Callable[[argparse.Namespace], int], about: str) -> Callable:
+        added = commands.add_parser(name, help=about)
+        added.set_defaults(command=call)
+        return added.add_argument
 
-    summary = commands.add_parser("summary", help="print the table of the last run of notebook 05")
-    summary.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
-    summary.set_defaults(command=_summary)
-
-    figures = commands.add_parser("figures", help="bring the figures of a whole run into the gallery, figures/")
-    figures.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
-    figures.set_defaults(command=_figures)
-
-    encoders = commands.add_parser("encoders", help="list the encoders by name")
-    encoders.add_argument("parts", nargs="*", help="show names that contain all of these, such as: timm dino")
-    encoders.set_defaults(command=_encoders)
-
-    data = commands.add_parser("datasets", help="say which data sets are here, and how to get the others")
-    data.add_argument("names", nargs="*", help="describe these, folder:PATH included, and look for leaks")
-    data.set_defaults(command=_datasets)
-
-    extract = commands.add_parser("extract", help="fill the cache of features; resumes where it was stopped")
-    extract.add_argument("dataset", help="dtd, folder:PATH, imagenet@16/1, …")
-    extract.add_argument("encoders", nargs="+", help="several share one pass over the images")
-    extract.add_argument("--splits", nargs="+", help="(default: all that the data set has)")
-    extract.add_argument("--views", type=int, default=1, help="random crops and flips of each image; 1: the plain one")
-    extract.add_argument("--device", default="auto", help="auto, cuda, mps, cpu")
-    extract.add_argument("--precision", default="fp32", help="fp32 or bf16")
-    extract.add_argument("--batch-size", type=int, default=64, help="network inputs at once (default: 64)")
-    extract.add_argument("--num-workers", type=int, default=0, help="decoding processes (default: 0, decode here)")
-    extract.add_argument("--quarantine", action="store_true", help="leave out images that cannot be decoded")
-    extract.set_defaults(command=_extract)
+    add = command("run", _run, "execute a notebook headless and keep its record")
+    add("notebook", help="its name, 05_tune_amu")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    add("--folder", type=Path, help="where the run goes (default: runs/NOTEBOOK)")
+    add("--lenient", action="store_true", help="leave out parameters that this notebook does not have")
+    add = command("summary", _summary, "print the table of the last run of notebook 05")
+    add("folder", type=Path, nargs="?", default=Path("runs"))
+    add = command("figures", _figures, "bring the figures of a whole run into the gallery, figures/")
+    add("folder", type=Path, nargs="?", default=Path("runs"))
+    add = command("encoders", _encoders, "list the encoders by name")
+    add("parts", nargs="*", help="show names that contain all of these, such as: timm dino")
+    add = command("datasets", _datasets, "say which data sets are here, and how to get the others")
+    add("names", nargs="*", help="describe these, folder:PATH included, and look for leaks")
+    add = command("extract", _extract, "fill the cache of features; resumes where it was stopped")
+    add("dataset", help="dtd, folder:PATH, imagenet@16/1, …")
+    add("encoders", nargs="+", help="several share one pass over the images")
+    add("--splits", nargs="+", help="(default: all that the data set has)")
+    add("--views", type=int, default=1, help="random crops and flips of each image; 1: the plain image")
+    add("--device", default="auto", help="auto, cuda, mps, cpu")
+    add("--precision", default="fp32", help="fp32 or bf16")
+    add("--batch-size", type=int, default=64, help="network inputs at once (default: 64)")
+    add("--num-workers", type=int, default=0, help="decoding processes (default: 0, decode here)")
+    add("--quarantine", action="store_true", help="leave out images that cannot be decoded")
 
     options = parser.parse_args(arguments)
     try:
@@ -92,17 +87,20 @@ def _summary(options: argparse.Namespace) -> int:
     path = options.folder / "05_tune_amu" / "metrics.json"
     if not path.exists():
         raise ValueError(f"{path} does not exist: notebook 05 has not finished")
+    import pandas as pd
+
     record = runs.read_records(path.parent)[0]
-    given, table = record["parameters"], record["metrics"]["accuracy"]
-    shots = sorted({int(k) for row in table.values() for k in row})
-    print(f"\nTest accuracy in % on {given['dataset']}, mean and 95 % interval over {given['seeds']} seeds,")
+    given, rows = record["parameters"], record["metrics"]["accuracy"]
+    cells = {title: {int(k): _interval(**cell) for k, cell in row.items()} for title, row in rows.items()}
+    print(f"\nTest accuracy in % on {given['dataset']}, mean and 95 % interval over {given['seeds']} seeds, by shots;")
     print(f"hyper-parameters chosen by protocol '{given['protocol']}'\n")
-    print(f"{'shots':24}" + "".join(f"{k:>15}" for k in shots))
-    for title, row in table.items():
-        cells = (row[str(k)] for k in shots)
-        print(f"{title:24}" + "".join(f"{c['mean']:>9.1f} ± {c['half']:<3.1f}" for c in cells))
+    print(pd.DataFrame(cells).T.sort_index(axis=1).to_string())
     print(f"\nexecuted notebooks and figures: {options.folder}/NN_name/\n")
     return 0
+
+
+def _interval(mean: float, half: float | None, **_: object) -> str:
+    return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"  # one draw has no interval
 
 
 def _encoders(options: argparse.Namespace) -> int:

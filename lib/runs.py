@@ -40,11 +40,7 @@ TIMEOUT_S = 3600  # per cell; a cell that takes longer hangs
 
 
 def notebook_path(name: str) -> Path:
-    """Path of a notebook named with or without `.ipynb`.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Path of a notebook named with or without `.ipynb`."""
     path = NOTEBOOKS / f"{Path(name).name.removesuffix('.ipynb')}.ipynb"
     if not path.exists():
         raise ValueError(f"no notebook {path.stem!r}; {nearest(path.stem, notebooks())}")
@@ -113,11 +109,7 @@ class Run:
     commit: str = field(default_factory=commit)
 
     def save_figure(self, fig: Figure, name: str, gallery: bool = True) -> None:
-        """Save a figure as `NN_name`, png and svg, in the run's folder.
-
-        Args:
-            gallery: False for figures of times, which no two runs draw alike: `make figures` leaves them out.
-        """
+        """Save a figure as `NN_name`; `gallery` is False for figures of times, which no two runs draw alike."""
         from lib.figures import save_figure
 
         save_figure(fig, f"{self.notebook[:2]}_{name}", self.folder / ("figures" if gallery else "own"))
@@ -125,12 +117,7 @@ class Run:
     def record(
         self, metrics: Mapping[str, object], fingerprints: Mapping[str, str] | None = None, **facts: object
     ) -> None:
-        """Write `metrics.json`, last and in one step.
-
-        Args:
-            metrics: the numbers this run is about; NaN, a quantity that does not exist, becomes null.
-            fingerprints: of the features that were used.
-            facts: anything else to keep, such as the protocol or the number of different draws.
+        """Write `metrics.json`, last and in one step; NaN, a quantity that does not exist, becomes null.
 
         Raises:
             ValueError: a number is infinite.
@@ -165,12 +152,10 @@ def start(notebook: str, namespace: MutableMapping[str, object]) -> Run:
     """Begin a run from inside its notebook: check the parameters and clear away an older record and its figures.
 
     Args:
-        namespace: the notebook's `globals()`. papermill's command line makes an int of every text of digits, which is
-            put back as text where the parameter is one (`-p templates 7`).
+        namespace: the notebook's `globals()`. An int that papermill made of a text (`-p templates 7`) is put back.
 
     Raises:
-        ValueError: a parameter is mistyped, or papermill was given one that the notebook does not have
-            (papermill itself only warns).
+        ValueError: a parameter is mistyped or unknown (papermill itself only warns).
     """
     types = {name: type_ for name, (type_, _) in declared(notebook).items()}
     given = {name: namespace[name] for name in types if name in namespace}
@@ -193,11 +178,7 @@ def start(notebook: str, namespace: MutableMapping[str, object]) -> Run:
 
 
 def execute(notebook: str, parameters: Mapping[str, object], folder: Path, attempts: int = 3) -> dict:
-    """Execute a notebook headless and give its record.
-
-    Args:
-        folder: gets the executed notebook, its figures and `metrics.json`.
-        attempts: how often a kernel that fails to start is started; a notebook that fails is not repeated.
+    """Record of a notebook executed headless into a folder; only a kernel that fails to start is started again.
 
     Raises:
         ValueError: a parameter is unknown or mistyped; nothing has been touched then.
@@ -237,8 +218,7 @@ def fill_gallery(folder: Path, gallery: Path = ROOT / "figures") -> list[str]:
     Figures that no run drew are removed; the benchmark's stays where it has not run again.
 
     Raises:
-        ValueError: files differ from the commit, or a notebook has not finished, ran at another commit or with
-            parameters that are not its defaults; the gallery has not been touched then.
+        ValueError: uncommitted changes; a notebook not finished, of another commit or with other than its defaults.
     """
     here, wanted = commit(), {name: {k: v for k, (_, v) in declared(name).items()} for name in notebooks()}
     records = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/metrics.json")}
@@ -271,12 +251,13 @@ def published_backbone(encoder: str) -> str:
 
     An encoder's name counts (`open_clip:ViT-B-16-quickgelu/openai`) and so does a bank's file name (`clip_vit_b16`).
     """
-    tower = re.fullmatch(r"open_clip:(RN\d+|ViT-[BL]-\d+)(?:-quickgelu)?/openai", encoder)
-    tower = tower or re.fullmatch(r"clip[_-](RN\d+|ViT[_-]?[BL][_-]?\d+)", encoder, re.IGNORECASE)
-    if not tower:
+    tower = r"(?:RN|ViT[_-]?([BL])[_-]?)(\d+)"
+    parts = re.fullmatch(f"open_clip:{tower}(?:-quickgelu)?/openai", encoder)
+    parts = parts or re.fullmatch(f"clip[_-]{tower}", encoder, re.IGNORECASE)
+    if not parts:
         return ""
-    kind, size, patch = re.fullmatch(r"(RN|VIT)[_-]?([BL]?)[_-]?(\d+)", tower[1].upper()).groups()
-    return f"RN{patch}" if kind == "RN" else f"ViT-{size}/{patch}"
+    size, number = parts.groups()
+    return f"ViT-{size.upper()}/{number}" if size else f"RN{number}"
 
 
 def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:

@@ -258,6 +258,16 @@ def test_the_command_line_names_what_is_wrong(notebook, capsys, tmp_path):
     assert cli.main(["summary", str(tmp_path)]) == 2
 
 
+def test_the_summary_is_a_table_of_the_last_run(tmp_path, capsys):
+    rows = {"AMU-Tuning": {"16": {"mean": 61.24, "half": 0.52}, "1": {"mean": 50.0, "half": None}}}
+    run = runs.Run("05_tune_amu", {"dataset": "digits", "seeds": 3, "protocol": "val"}, tmp_path / "05_tune_amu")
+    run.folder.mkdir()
+    run.record({"accuracy": rows})
+    assert cli.main(["summary", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n +1 +16\nAMU-Tuning +50\.0 +61\.2 ± 0\.5\n", printed) and "on digits" in printed
+
+
 def test_the_list_of_data_sets_says_which_can_only_be_tested_on(capsys, monkeypatch):
     from lib.features import datasets
 
@@ -278,6 +288,10 @@ def test_published_numbers_are_joined_where_method_data_backbone_and_shots_agree
         ("clip_vit_b16", "ViT-B/16"),
         ("open_clip:ViT-B-16/laion2b_s34b_b88k", ""),
         ("embedded:clip", ""),
+        ("CLIP-ViT-L-14", "ViT-L/14"),
+        ("clip_rn101", "RN101"),
+        ("clip_rn50x4", ""),
+        ("clip_vit16", ""),
     ]:
         assert runs.published_backbone(encoder) == name
     common = {"dataset": "dtd", "backbone": "RN50"}
