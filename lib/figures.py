@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -111,13 +110,13 @@ def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     dpi = fig.dpi
-    fig.set_dpi(rcParams["savefig.dpi"])  # letters are as wide as they will be
+    fig.set_dpi(RC["savefig.dpi"])  # letters are as wide as they will be
     fig.draw_without_rendering()
     fig.set_dpi(dpi)
     fig.set_layout_engine("none")
     paths = []
     for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        write = partial(fig.savefig, format=kind, metadata=about)
+        write = partial(fig.savefig, format=kind, dpi=RC["savefig.dpi"], metadata=about)
         paths.append(replace_file(folder / f"{name}.{kind}", write))
     return paths
 
