@@ -6,18 +6,21 @@ reproducible: the same numbers give the same bytes, as png for reading and as sv
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
+
+from lib.files import replace_file
 
 COLUMN = 3.5  # width of a paper's column in inches; figures are one or two of them wide
 ACCENT = "#c8321e"
@@ -50,6 +53,7 @@ STYLES: dict[str, tuple[str, str]] = {
 STYLES |= {"head": STYLES["amu"], "cache": STYLES["tip_adapter"], "trained_cache": STYLES["tip_adapter_f"]}
 STYLES |= {"convex_head": STYLES["amu_convex"], "mlp": ("#5d4037", "H")}
 
+UNKNOWN = ("#8a7f72", ".")
 ENCODER_INKS = ("#0072b2", "#009e73", "#d55e00", "#000000", "#b58900", "#7b3294", "#56b4e9", "#cc79a7")
 ENCODER_MARKERS = "osD^vPXp"
 
@@ -57,14 +61,12 @@ RC = {
     "figure.dpi": 110,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
+    **{f"{part}.labelsize": 8 for part in ("axes", "xtick", "ytick")},
+    **{"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 8, "legend.title_fontsize": 8, "axes.linewidth": 0.8},
+    **{f"{axis}.{kind}.width": 0.7 for axis in ("xtick", "ytick") for kind in ("major", "minor")},
+    **{f"{axis}.{kind}.size": size for axis in ("xtick", "ytick") for kind, size in (("major", 3.5), ("minor", 2))},
     "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
@@ -76,44 +78,46 @@ RC = {
 
 
 def use_style() -> None:
-    """Switch the workbook's look on for every figure that follows."""
-    mpl.rcParams.update(RC)
+    """Switch the workbook's look on for every figure that follows: seaborn's paper theme with our sizes."""
+    sns.set_theme("paper", "ticks", ENCODER_INKS, font="DejaVu Sans", rc=RC)
 
 
 def colour(method: str) -> str:
-    """Return the colour of a method; grey-brown for one that has none yet."""
-    return STYLES.get(method, ("#8a7f72", "."))[0]
+    """Colour of a method; grey-brown for one that has none yet."""
+    return STYLES.get(method, UNKNOWN)[0]
 
 
 def marker(method: str) -> str:
-    """Return the marker of a method."""
-    return STYLES.get(method, ("#8a7f72", "."))[1]
+    """Marker of a method."""
+    return STYLES.get(method, UNKNOWN)[1]
 
 
 def short_name(encoder: str) -> str:
-    """Return an encoder's name as axes have room for it: no library, no `aux_`."""
+    """Name of an encoder as axes have room for it: no library, no `aux_`."""
     return "+".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split("+"))
 
 
 def encoder_styles(encoders: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return colour and marker of each encoder, by its place in the list."""
-    count = len(ENCODER_INKS)
-    return {
-        name: {"color": ENCODER_INKS[i % count], "marker": ENCODER_MARKERS[i % count]}
-        for i, name in enumerate(encoders)
-    }
+    """Colour and marker of each encoder, by its place in the list."""
+    looks = zip(encoders, cycle(ENCODER_INKS), cycle(ENCODER_MARKERS), strict=False)
+    return {name: {"color": ink, "marker": mark} for name, ink, mark in looks}
 
 
 def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
-    """Write `folder/name.png` and `.svg`, each replaced in one step; return both paths."""
+    """Paths of `folder/name.png` and `.svg`, each written in one step; the same numbers give the same bytes.
+
+    The layout is computed once and then kept: constrained layout would move a little at every drawing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    dpi = fig.dpi
+    fig.set_dpi(RC["savefig.dpi"])  # letters are as wide as they will be
+    fig.draw_without_rendering()
+    fig.set_dpi(dpi)
+    fig.set_layout_engine("none")
     paths = []
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        path = folder / f"{name}{suffix}"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        fig.savefig(partial, format=suffix[1:], metadata=metadata)
-        os.replace(partial, path)
-        paths.append(path)
+    for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        write = partial(fig.savefig, format=kind, dpi=RC["savefig.dpi"], metadata=about)
+        paths.append(replace_file(folder / f"{name}.{kind}", write))
     return paths
 
 
@@ -138,27 +142,19 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]], gap: floa
 
     Args:
         ends: name -> (x, y, colour) in data units.
-        gap: smallest distance of two names as a share of the axis' height.
+        gap: smallest distance of two names, in heights of the axes.
     """
     low, high = ax.get_ylim()
-    found = sorted(ends.items(), key=lambda item: item[1][1])
-    places = spread([(y - low) / (high - low) for _, (_, y, _) in found], gap)
-    for (name, (x, y, ink)), place in zip(found, places, strict=True):
-        ax.annotate(
-            name,
-            (x, y),
-            xytext=(1.04, place),
-            textcoords="axes fraction",
-            color=ink,
-            va="center",
-            fontsize=7,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)},
-        )
+    ordered = sorted(ends.items(), key=lambda item: item[1][1])
+    places = spread([(y - low) / (high - low) for _, (_, y, _) in ordered], gap)
+    for (name, (x, y, ink)), place in zip(ordered, places, strict=True):
+        line = {"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+        look = {"color": ink, "va": "center", "fontsize": 7, "annotation_clip": False, "arrowprops": line}
+        ax.annotate(name, (x, y), xytext=(1.04, place), textcoords="axes fraction", **look)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Return places at least `gap` apart and inside [0, 1] where they fit, near the wanted ones, which must ascend."""
+    """Places at least `gap` apart and inside [0, 1] where they fit, near the wanted ones, which must ascend."""
     groups: list[tuple[float, int]] = []  # centre and size of runs of touching names
     for place in wanted:
         centre, size = place, 1
@@ -182,23 +178,22 @@ def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away:
     """
     ax.figure.canvas.draw()
     radius = 0.8 * away * ax.figure.dpi / 72
-    taken = [
-        Bbox.from_extents(*at - radius, *at + radius) for at in (ax.transData.transform(p[:2]) for p in points.values())
-    ]
+    centres = [ax.transData.transform(point[:2]) for point in points.values()]
+    taken = [Bbox.from_extents(*at - radius, *at + radius) for at in centres]
     sides = [(1, 0, "left"), (-1, 0, "right"), (0, 1.4, "center"), (0, -1.4, "center"), (1, 1.4, "left")]
     sides += [(-1, 1.4, "right"), (1, -1.4, "left"), (-1, -1.4, "right"), (1, 2.8, "left"), (1, -2.8, "left")]
     for name, (x, y, ink) in points.items():
         text = ax.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", color=ink, fontsize=7)
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         boxes = []
-        for right, up, align in sides:
-            text.set(position=(right * away, up * away), ha=align)
+        for along, up, align in sides:
+            text.set(position=(along * away, up * away), ha=align)
             box = text.get_window_extent()
             inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
             boxes.append((sum(box.overlaps(other) for other in taken) + 2 * (not inside), len(boxes), box))
-        best = min(boxes, key=lambda found: found[:2])
-        right, up, align = sides[best[1]]
-        text.set(position=(right * away, up * away), ha=align)
+        best = min(boxes, key=lambda box: box[:2])
+        along, up, align = sides[best[1]]
+        text.set(position=(along * away, up * away), ha=align)
         taken.append(best[2])
 
 
@@ -220,19 +215,12 @@ def heat_map(
         floor: values below it share its colour, so that a few bad ones do not hide the differences of the rest.
         signed: the table holds losses and gains: white is 0, darker is further from it, and the sign is in the number.
     """
-    values = table.to_numpy(dtype=float)
-    limit = float(np.nanmax(np.abs(values))) or 1.0
-    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {"vmin": floor}
-    shown = ax.imshow(values, aspect="auto", **look)
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            dark = abs(value) > 0.6 * limit if signed else shown.norm(value) < 0.55
-            ax.text(column, row, form.format(value), ha="center", va="center", fontsize=6, color="w" if dark else "k")
-    ax.set_xticks(range(table.shape[1]), table.columns)
-    ax.set_yticks(range(table.shape[0]), table.index)
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
+    limit = float(np.nanmax(np.abs(table.to_numpy(dtype=float)))) or 1.0
+    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "cividis", "vmin": floor}
+    numbers = table.map(form.format)
+    sns.heatmap(table.astype(float), ax=ax, annot=numbers, fmt="", annot_kws={"fontsize": 6}, cbar=False, **look)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0, rotation=0)
 
 
 def critical_difference(
@@ -247,7 +235,7 @@ def critical_difference(
     Args:
         ranks: of each method, 1 is best.
         difference: Nemenyi's, drawn as a scale bar.
-        groups: of methods within the difference, see `metrics.cliques`.
+        groups: of methods within the difference, see `statistics.cliques`.
         labels: method -> (text, colour).
     """
     names = list(ranks.sort_values().index)
@@ -270,14 +258,12 @@ def critical_difference(
         y = -depth - 1 - (place if best else len(names) - 1 - place)
         edge = 0.5 if best else len(names) + 0.5
         ax.plot([ranks[name], ranks[name], edge], [0, y, y], color=ink, lw=0.8)
-        ax.annotate(
-            f"{text}  {ranks[name]:.1f}" if not best else f"{ranks[name]:.1f}  {text}",
-            (edge, y),
-            xytext=(3 if best else -3, 0),
-            textcoords="offset points",
-            ha="left" if best else "right",
-            va="center",
-            fontsize=7,
-            color=ink,
-            annotation_clip=False,
-        )
+        words = f"{ranks[name]:.1f}  {text}" if best else f"{text}  {ranks[name]:.1f}"
+        look = {
+            "ha": "left" if best else "right",
+            "va": "center",
+            "fontsize": 7,
+            "color": ink,
+            "annotation_clip": False,
+        }
+        ax.annotate(words, (edge, y), xytext=(3 if best else -3, 0), textcoords="offset points", **look)
