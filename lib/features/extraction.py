@@ -71,7 +71,7 @@ def extract(
         ValueError: the cache cannot be written or has no room, an image cannot be decoded, an encoder gives
             values that are not finite.
     """
-    encoders = [backbones.load(job.encoder, device, precision) for job in jobs]
+    encoders = [backbones.load_encoder(job.encoder, device, precision) for job in jobs]
     for job, encoder in zip(jobs, encoders, strict=True):
         _require_room(job.folder, len(images) * views * encoder.dim * 4)
     total, per_batch = len(images), max(1, batch_size // views)

@@ -177,7 +177,7 @@ def load_text(
     found = extraction.read(job)
     if found is None:
         with extraction.locked(job.folder):
-            model = backbones.load(encoder, device, precision)
+            model = backbones.load_encoder(encoder, device, precision)
             x = torch.stack([_class_mean(model, group) for group in texts])
             extraction.write(job, x.shape, [torch.arange(len(x)), x], {"logit_scale": model.logit_scale})
         found = extraction.read(job)
@@ -214,7 +214,7 @@ def _class_mean(model: backbones.Encoder, texts: list[str]) -> Float[Tensor, " D
 def _job(
     dataset: str,
     split: str,
-    recipe: backbones.Recipe,
+    recipe: backbones.EncoderSpec,
     images: datasets.ImageSplit,
     views: int,
     precision: str,
@@ -231,7 +231,7 @@ def _job(
     return extraction.Job(recipe.name, folder, ingredients, fingerprint)
 
 
-def _ingredients(recipe: backbones.Recipe, precision: str) -> dict[str, Any]:
+def _ingredients(recipe: backbones.EncoderSpec, precision: str) -> dict[str, Any]:
     return {
         "version": VERSION,
         "encoder": recipe.name,
