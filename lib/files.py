@@ -103,8 +103,8 @@ def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
     """Hint for an unknown name: `did you mean 'x'? known: x, y, z`; more than 60 names are not spelt out."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
-    hints = [f"did you mean {' or '.join(map(repr, close))}?"] if close else []
-    return " ".join(hints + [f"known: {', '.join(names) if len(names) <= 60 else f'{len(names)} names'}"])
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}known: {', '.join(names) if len(names) <= 60 else f'{len(names)} names'}"
 
 
 def one_line(error: BaseException) -> str:
