@@ -108,7 +108,10 @@ def test_bf16_is_near_fp32_and_says_so_in_nothing_but_the_last_digits():
             "QuickGELU, the architecture has GELU; the correct name is open_clip:RN50-quickgelu/openai",
         ),
         ("open_clip:RN50-quickgelu/missing.pt", "no file .*missing.pt"),
-        ("timm:vit_small_patch16_223.dino", "timm has no model 'vit_small_patch16_223'; did you mean 'vit_small_patch16_224'"),
+        (
+            "timm:vit_small_patch16_223.dino",
+            "timm has no model 'vit_small_patch16_223'; did you mean 'vit_small_patch16_224'",
+        ),
         ("timm:vit_small_patch16_224.dina", "timm has no weights .*vit_small_patch16_224.dino"),
         ("timm:test_byobnet.nothing", "it has test_byobnet.r160_in1k"),
         ("mocov3:nowhere.pth.tar", "no file .*nowhere.pth.tar"),

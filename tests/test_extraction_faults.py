@@ -47,9 +47,7 @@ def bank(cache) -> dict[str, bytes]:
 def count_encoded(patch) -> list[int]:
     """Return a list that grows by the size of every batch from now on."""
     sizes, encode = [], Encoder.encode_images
-    patch.setattr(
-        Encoder, "encode_images", lambda self, batch: sizes.append(len(batch)) or encode(self, batch)
-    )
+    patch.setattr(Encoder, "encode_images", lambda self, batch: sizes.append(len(batch)) or encode(self, batch))
     return sizes
 
 
@@ -287,7 +285,9 @@ def test_a_read_only_cache_is_read_and_a_missing_bank_refused(own, small_disk):
     del first
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert torch.equal(extract(own, small_disk / "cache").x, expected)
-    with pytest.raises(ValueError, match=r"/disk/cache/.* cannot be written \(Read-only file system\).*LOGIT_BIAS_CACHE"):
+    with pytest.raises(
+        ValueError, match=r"/disk/cache/.* cannot be written \(Read-only file system\).*LOGIT_BIAS_CACHE"
+    ):
         features.load(own, "test", "embedded:conv", device="cpu", cache=small_disk / "cache")
     with pytest.raises(ValueError, match="cannot be written"):
         features.load_text("digits", "embedded:clip", device="cpu", cache=small_disk / "cache")

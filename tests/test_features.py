@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch.nn.functional import normalize
 
 from lib import features
 from lib.__main__ import main
-from lib.features import FeatureBank, banks, datasets, encoders, extraction, images, load_text
+from lib.features import FeatureBank, banks, datasets, encoders, extraction, images
 from lib.features.encoders import Encoder, load_encoder
 from lib.files import cache_root, file_hash
 
@@ -251,7 +253,6 @@ def small_bank(path, **changes):
     clip = {split: torch.randn(n, 8, generator=rng) for split, n in sizes.items()}
     aux = {split: torch.randint(0, 256, (n, 5), generator=rng, dtype=torch.uint8) for split, n in sizes.items()}
     labels = {split: torch.arange(n) % 3 for split, n in sizes.items()}
-    labels["train_shot_index"] = torch.tensor([0, 0, 0, 1, 1, 1])
     parts = {"clip": {"clip_a": clip}, "aux": {"aux_b": aux}, "text": {"clip_a": torch.randn(3, 8, generator=rng)}}
     parts |= {"labels": labels, "class_names": ["one", "two", "three"]} | changes
     return banks.save_bank(path, **parts), parts
@@ -260,8 +261,9 @@ def small_bank(path, **changes):
 def test_a_bank_written_is_a_bank_read(tmp_path):
     path, parts = small_bank(tmp_path / "bank", source="a test")
     name = f"features:{path}"
-    assert features.bank_encoders(name) == (("clip_a",), ("aux_b",))
-    assert torch.equal(features.bank_shot_index(name), parts["labels"]["train_shot_index"])
+    bank = FeatureBank(name)
+    assert (bank.clip_encoders, bank.aux_encoders) == (("clip_a",), ("aux_b",))
+    assert (bank.name, bank.class_names, bank.splits) == ("bank", ("one", "two", "three"), ("train", "val", "test"))
     clip, aux = features.load(name, "test", "clip_a"), features.load(name, "test", "aux_b")
     assert torch.equal(clip.x, parts["clip"]["clip_a"]["test"]) and torch.equal(clip.y, parts["labels"]["test"])
     assert aux.x.dtype == torch.float32 and torch.equal(aux.x, parts["aux"]["aux_b"]["test"].float())
@@ -277,12 +279,21 @@ def test_a_bank_written_is_a_bank_read(tmp_path):
     ("changes", "message"),
     [
         ({"class_names": ["one", "two"]}, "labels run from 0 to 2, there are 2 class names"),
-        ({"text": {"clip_a": torch.ones(4, 8)}}, "text features of clip_a have 4 rows, there are 3 class names"),
-        ({"text": {"clip_z": torch.ones(3, 8)}}, "text features for 'clip_z', CLIP features for clip_a"),
+        (
+            {"text": {"clip_a": torch.ones(4, 8)}},
+            r"text of clip_a: features are \(4, 8\), expected one row for each of 3 class names",
+        ),
+        ({"text": {"clip_z": torch.ones(3, 8)}}, "'clip_z' has no text features; CLIP files are clip_a"),
         ({"aux": {"dino": {}}}, "aux features are named aux…, not 'dino'"),
-        ({"aux": {"aux_b": {"test": torch.ones(8, 5)}}}, "aux_b, test: 8 rows of features, 9 labels"),
+        (
+            {"aux": {"aux_b": {"test": torch.ones(8, 5)}}},
+            r"aux_b, test: features are \(8, 5\), expected one row for each of 9 labels",
+        ),
         ({"aux": {"aux_b": {"test": torch.full((9, 5), float("nan"))}}}, "9 of 9 rows hold NaN"),
-        ({"aux": {"aux_b": {"extra": torch.ones(9, 5)}}}, "aux_b has split 'extra', labels have train"),
+        (
+            {"aux": {"aux_b": {"extra": torch.ones(9, 5)}}},
+            "aux_b has split 'extra'; splits are train, val, test, labels have train",
+        ),
     ],
 )
 def test_a_bank_whose_parts_disagree_is_not_written(tmp_path, changes, message):
@@ -308,7 +319,11 @@ def put(key, value):
 @pytest.mark.parametrize(
     ("stem", "change", "message"),
     [
-        ("labels", put("test", torch.zeros(8, dtype=torch.int64)), "9 rows of features, 8 labels"),
+        (
+            "labels",
+            put("test", torch.zeros(8, dtype=torch.int64)),
+            r"features are \(9, 8\), expected one row for each of 8 labels",
+        ),
         ("labels", put("test", torch.full((9,), 3)), "labels run from 3 to 3, there are 3 class names"),
         ("labels", put("test", torch.full((9,), -1)), "labels run from -1 to -1"),
         ("clip_a", put("test", torch.ones(9, 7)), "dimensions differ between splits"),
@@ -327,9 +342,12 @@ def test_a_bank_whose_parts_disagree_is_refused(tmp_path, stem, change, message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("clip_a", torch.ones(2, 8)), r"text features are \(2, 8\), meta.json names 3 classes"),
+        (
+            put("clip_a", torch.ones(2, 8)),
+            r"text of clip_a: features are \(2, 8\), expected one row for each of 3 class names",
+        ),
         (put("clip_a", torch.ones(3, 9)), "text features have 9 dimensions, clip_a has 8"),
-        (put("clip_a", torch.full((3, 8), float("nan"))), "text features hold NaN"),
+        (put("clip_a", torch.full((3, 8), float("nan"))), "text of clip_a: 3 of 3 rows hold NaN"),
     ],
 )
 def test_text_features_of_a_bank_must_fit_it(tmp_path, change, message):
@@ -393,11 +411,161 @@ def test_the_real_bank_gives_the_zero_shot_accuracies_it_promises(caltech70):
     promised = json.loads((caltech70 / "meta.json").read_text())["expected"]["zero_shot"]
     for split in ("test", "val", "train"):
         found = features.load(name, split, "clip_vit_b32")
-        right = (normalize(found.x, dim=1) @ text.x.T).argmax(dim=1) == found.y
-        assert 100 * right.double().mean().item() == pytest.approx(promised[split], abs=0.005)
-    assert features.bank_encoders(name)[1] == ("aux_mobilenet_v2", "aux_mobilenet_v1", "aux_inat_bird")
+        correct = (normalize(found.x, dim=1) @ text.x.T).argmax(dim=1) == found.y
+        assert 100 * correct.double().mean().item() == pytest.approx(promised[split], abs=0.005)
+    assert FeatureBank(name).aux_encoders == ("aux_mobilenet_v2", "aux_mobilenet_v1", "aux_inat_bird")
     assert features.load(name, "test", "aux_inat_bird").x.max() > 2, "raw activations stay as they are"
-    assert features.bank_shot_index(name).bincount().tolist() == [70] * 16
+
+
+def test_two_encoders_of_three_splits_read_the_card_and_each_file_once(tmp_path, monkeypatch):
+    path, _ = small_bank(tmp_path / "bank")
+    read, mapped, hashed = [], [], []
+    read_text, safe_open, hash_file = Path.read_text, banks.safe_open, banks.file_hash
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: read.append(self) or read_text(self, **options))
+    monkeypatch.setattr(
+        banks, "safe_open", lambda file, **options: mapped.append(file.stem) or safe_open(file, **options)
+    )
+    bank = FeatureBank(path)
+    for split in ("train", "val", "test"):
+        for encoder in ("clip_a", "aux_b"):
+            bank.rows(split, encoder)
+    bank.text("clip_a")
+    assert [file.name for file in read] == ["meta.json"] and sorted(mapped) == ["aux_b", "clip_a", "labels", "text"]
+    read.clear(), mapped.clear()
+    monkeypatch.setattr(banks, "file_hash", lambda file: hashed.append(file.stem) or hash_file(file))
+    for split in ("train", "val", "test"):
+        features.load_many(f"features:{path}", split, ["clip_a", "aux_b"])
+    features.load_text(f"features:{path}", "clip_a")
+    assert [file.name for file in read] == ["meta.json"] and sorted(mapped) == ["aux_b", "clip_a", "labels", "text"]
+
+
+def test_a_bank_that_changes_is_read_anew(tmp_path):
+    path, parts = small_bank(tmp_path / "bank")
+    before = features.load(f"features:{path}", "test", "clip_a")
+    rewrite(path, "clip_a", put("test", parts["clip"]["clip_a"]["test"] + 1))
+    after = features.load(f"features:{path}", "test", "clip_a")
+    assert torch.equal(after.x, parts["clip"]["clip_a"]["test"] + 1) and after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ([], r"must hold a mapping, not \[\]"),
+        (3, "must hold a mapping, not 3"),
+        ({"class_names": ["a"]}, "lacks name"),
+        ({"name": 7}, "name must be str, not 7"),
+        ({"class_names": "one"}, "class_names must be list, not 'one'"),
+        ({"class_names": {"one": 0}}, "class_names must be list"),
+        ({"class_names": ["one", 2, "three"]}, "class_names must hold str, not 2"),
+        ({"class_names": ["one", "two", "two"]}, "class_names must differ, 'two' is there 2 times"),
+        ({"class_names": []}, "class_names must differ"),
+        ({"sha256": []}, r"sha256 must be dict, not \[\]"),
+        ({"sha256": {"labels.safetensors": 3}}, "sha256 must hold str, not 3"),
+        ({"backbones": 3}, "backbones must be list or dict, not 3"),
+        ({"text": "x"}, "text must be dict, not 'x'"),
+        ({"text": {"logit_scale": "hot"}}, "text.logit_scale must be int or float, not 'hot'"),
+        ({"text": {"prompt": ["a {}"]}}, "text.prompt must be str"),
+    ],
+)
+def test_a_card_of_another_shape_is_refused_by_field(tmp_path, card, message):
+    path, _ = small_bank(tmp_path / "bank")
+    whole = json.loads((path / "meta.json").read_text())
+    if isinstance(card, dict):
+        card = {"class_names": card["class_names"]} if "lacks" in message else whole | card
+    (path / "meta.json").write_text(json.dumps(card))
+    for act in (FeatureBank, lambda bank: features.load(f"features:{bank}", "test", "clip_a")):
+        with pytest.raises(ValueError, match=rf"{path}/meta.json:? {message}"):
+            act(path)
+
+
+def test_a_shot_index_changes_nothing(tmp_path):
+    path, _ = small_bank(tmp_path / "bank")
+    plain = features.load(f"features:{path}", "train", "clip_a")
+    rewrite(path, "labels", put("train_shot_index", torch.zeros(2, dtype=torch.int64)))
+    with_index = features.load(f"features:{path}", "train", "clip_a")
+    assert torch.equal(plain.x, with_index.x) and torch.equal(plain.y, with_index.y)
+    assert FeatureBank(path).splits == ("train", "val", "test")
+    index = {"train_shot_index": torch.zeros(6, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="labels has split 'train_shot_index'; splits are train, val, test"):
+        small_bank(tmp_path / "other", labels=small_bank(tmp_path / "third")[1]["labels"] | index)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_are_read_as_int64(tmp_path, dtype):
+    _, parts = small_bank(tmp_path / "first")
+    path, _ = small_bank(tmp_path / "bank", labels={key: y.to(dtype) for key, y in parts["labels"].items()})
+    y = features.load(f"features:{path}", "test", "aux_b").y
+    assert y.dtype == torch.int64 and torch.equal(y, parts["labels"]["test"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_of_another_type_are_refused_by_name(tmp_path, dtype):
+    _, parts = small_bank(tmp_path / "first")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/bank, clip_a, train: labels must be integers .*not {kind}"):
+        small_bank(tmp_path / "bank", labels={key: y.to(dtype) for key, y in parts["labels"].items()})
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["first"], "nothing half-made is left"
+
+
+def test_numpy_arrays_and_string_paths_are_taken(tmp_path, monkeypatch):
+    _, parts = small_bank(tmp_path / "tensors")
+    arrays = {
+        kind: {encoder: {key: x.numpy() for key, x in splits.items()} for encoder, splits in parts[kind].items()}
+        for kind in ("clip", "aux")
+    }
+    for x in arrays["clip"]["clip_a"].values():
+        x.setflags(write=False)
+    arrays["text"] = {"clip_a": np.asfortranarray(parts["text"]["clip_a"].numpy())}
+    arrays["labels"] = {key: y.numpy().astype(np.int32) for key, y in parts["labels"].items()}
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = features.save_bank("arrays", **arrays, class_names=np.array(parts["class_names"]))
+    assert made == tmp_path / "arrays"
+    for split in ("train", "val", "test"):
+        for encoder in ("clip_a", "aux_b"):
+            first, second = (features.load(f"features:{name}", split, encoder) for name in ("tensors", "arrays"))
+            assert torch.equal(first.x, second.x) and torch.equal(first.y, second.y)
+    assert torch.equal(FeatureBank("arrays").text("clip_a"), parts["text"]["clip_a"])
+    arrays["labels"]["test"] = np.array([object()] * 9)
+    with pytest.raises(ValueError, match="labels, test: "):
+        features.save_bank("objects", **arrays, class_names=parts["class_names"])
+
+
+def test_empty_val_is_read_and_empty_test_refused(tmp_path):
+    _, parts = small_bank(tmp_path / "first")
+
+    def empty(split):
+        cut = {key: {s: x[:0] if s == split else x for s, x in parts[key]["clip_a"].items()} for key in ("clip",)}
+        labels = {s: y[:0] if s == split else y for s, y in parts["labels"].items()}
+        return {"clip": {"clip_a": cut["clip"]}, "aux": {}, "labels": labels}
+
+    path, _ = small_bank(tmp_path / "val", **empty("val"))
+    assert features.load(f"features:{path}", "val", "clip_a").x.shape == (0, 8)
+    with pytest.raises(ValueError, match="clip_a, test: no images to test on"):
+        small_bank(tmp_path / "test", **empty("test"))
+
+
+def test_a_bank_of_clip_features_alone_is_read(tmp_path):
+    _, parts = small_bank(tmp_path / "first")
+    made = features.save_bank(
+        tmp_path / "bank", clip=parts["clip"], labels=parts["labels"], class_names=parts["class_names"]
+    )
+    bank = FeatureBank(made)
+    assert bank.aux_encoders == () and not bank.has_text("clip_a") and not bank.has_text("aux_b")
+    assert torch.equal(bank.rows("val", "clip_a")[0], parts["clip"]["clip_a"]["val"])
+    with pytest.raises(ValueError, match=r"no file text.safetensors .* clip_a; encode prompts .*save_bank\(text=…\)"):
+        features.load_text(f"features:{made}", "clip_a")
+    assert FeatureBank(tmp_path / "first").has_text("clip_a")
+
+
+@pytest.mark.parametrize("name", ["clip/b32", "clip_a/../../x", "clips/"])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
+    _, parts = small_bank(tmp_path / "first")
+    (tmp_path / "clip").mkdir()
+    with pytest.raises(ValueError, match="the name becomes a file's, without '/'"):
+        small_bank(tmp_path / "bank", clip={name: parts["clip"]["clip_a"]}, text={})
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["clip", "first"]
 
 
 # ---- command line, real photos ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REAL, ROOT
+from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from lib import features
@@ -34,7 +35,7 @@ def test_a_tip_adapter_folder_becomes_a_bank(tmp_path):
     )
     found = features.load(f"features:{made}", "train", "clip")
     assert torch.equal(found.x, keys.T.float()) and found.y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert features.bank_shot_index(f"features:{made}").tolist() == [0, 1] * 4
+    assert "train_shot_index" not in load_file(made / "labels.safetensors")
     assert features.load_text(f"features:{made}", "clip").x.shape == (4, 6)
 
 
@@ -132,3 +133,87 @@ def test_the_real_tip_adapter_folder_becomes_a_bank(tmp_path):
         features.load_text(made, "clip")
 
 
+# ---- what is missing, and the command line ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tip(tmp_path):
+    """A Tip-Adapter folder of 4 classes and the file of their names."""
+    write_tip_adapter(tmp_path / "tip")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n\n")
+    return ["tip-adapter", str(tmp_path / "tip"), str(tmp_path / "bank"), "--shots", "2"]
+
+
+def test_the_command_says_what_a_bank_lacks_and_how_it_is_made(tip, tmp_path):
+    command = [sys.executable, str(ROOT / "data" / "import_cache.py"), *tip, "--classes", str(tmp_path / "names.txt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"features:{tmp_path / 'bank'}\n"), done.stderr
+    text, aux = done.stderr.splitlines()
+    assert "no text.safetensors" in text and "zero-shot" in text and "--text FILE" in text
+    assert "no aux_NAME.safetensors" in aux and "aux=clip" in aux
+    bank = features.FeatureBank(tmp_path / "bank")
+    assert bank.aux_encoders == () and not bank.has_text("clip")
+    assert len(features.load(f"features:{tmp_path / 'bank'}", "test", "clip").y) == 9
+    with pytest.raises(ValueError, match=r"no file text.safetensors .*--text FILE"):
+        features.load_text(f"features:{tmp_path / 'bank'}", "clip")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("ending", ["pt", "npy"])
+def test_class_texts_are_imported_whichever_way_they_lie(tip, tmp_path, capsys, turned, ending):
+    text = torch.randn(4, 6)
+    stored = text.T.contiguous() if turned else text
+    if ending == "pt":
+        torch.save(stored, tmp_path / "text.pt")
+    else:
+        np.save(tmp_path / "text.npy", stored.numpy())
+    options = ["--classes", str(tmp_path / "names.txt"), "--text", str(tmp_path / f"text.{ending}")]
+    assert import_cache.main([*tip, *options]) == 0
+    assert "text" not in capsys.readouterr().err
+    assert torch.equal(features.FeatureBank(tmp_path / "bank").text("clip"), text)
+
+
+def test_the_command_refuses_in_one_line(tip, tmp_path, capsys):
+    def refused(message, *options):
+        assert import_cache.main([*tip, *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+        assert not (tmp_path / "bank").exists()
+
+    names = ["--classes", str(tmp_path / "names.txt")]
+    refused("give --classes FILE")
+    refused("cannot read the class names in /nope.txt", "--classes", "/nope.txt")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    refused("latin.txt", "--classes", str(tmp_path / "latin.txt"))
+    (tmp_path / "five.txt").write_text("a\nb\nc\nd\nextra\n")
+    refused("5 class names are given", "--classes", str(tmp_path / "five.txt"))
+    (tmp_path / "twice.txt").write_text("a\nb\na\nd\n")
+    refused("'a' is there 2 times", "--classes", str(tmp_path / "twice.txt"))
+    refused("no file /nope.pt", *names, "--text", "/nope.pt")
+    torch.save(torch.randn(4, 5), tmp_path / "text.pt")
+    refused("text features have 5 dimensions, clip has 6", *names, "--text", str(tmp_path / "text.pt"))
+    torch.save(torch.arange(9).float() % 4, tmp_path / "tip" / "test_l.pt")
+    refused("test_l.pt holds torch.float32", *names)
+
+
+def test_too_many_names_are_refused_for_every_kind(tmp_path):
+    source = tmp_path / "amu"
+    source.mkdir()
+    for name in ("clip", "aux"):
+        torch.save(torch.randn(5, 6), source / f"{name}_test_f.pt")
+        torch.save(torch.arange(5) % 3, source / f"{name}_test_l.pt")
+    torch.save(torch.randn(3, 6), source / "aux_feature_1shots.pt")
+    torch.save(torch.arange(3), source / "aux_labels_1shots.pt")
+    np.savez(tmp_path / "c.npz", test_features=np.ones((3, 2), dtype=np.float32), test_labels=np.arange(3))
+    names = ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match=r"4 class names are given, .*amu has 3 classes"):
+        import_cache.import_amu(source, tmp_path / "bank", shots=1, class_names=names)
+    with pytest.raises(ValueError, match=r"4 class names are given, .*c.npz has 3 classes"):
+        import_cache.import_npz(tmp_path / "c.npz", tmp_path / "bank", class_names=names)
+    np.savez(tmp_path / "half.npz", test_features=np.ones((3, 2), dtype=np.float32), test_labels=np.array([0, 0.5, 1]))
+    with pytest.raises(ValueError, match="labels of test are not whole numbers"):
+        import_cache.import_npz(tmp_path / "half.npz", tmp_path / "bank")
+    made = import_cache.import_amu(source, tmp_path / "bank", shots=1, class_names=names[:3])
+    lines = import_cache.lacking(made)
+    assert any("clip has no train features; --clip-keys FILE adds train" in line for line in lines)
+    assert any("no val split" in line for line in lines)

@@ -19,7 +19,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def save_bank(
     *,
     clip: Mapping[str, Mapping[str, Array]],
     labels: Mapping[str, Array],
-    class_names: Sequence[str],
+    class_names: Iterable[str],
     aux: Mapping[str, Mapping[str, Array]] | None = None,
     text: Mapping[str, Array] | None = None,
     name: str = "",
@@ -201,7 +201,9 @@ def save_bank(
         raise ValueError(f"{path} is not empty; a bank is written into a new folder")
     for kind, encoder in [*(("clip", key) for key in clip), *(("aux", key) for key in aux)]:
         if not encoder.startswith(kind) or Path(encoder).name != encoder:
-            raise ValueError(f"{kind} features are named {kind}…, which must be a file's name, not {encoder!r}")
+            raise ValueError(
+                f"{kind} features are named {kind}…, not {encoder!r}; the name becomes a file's, without '/'"
+            )
     files = {**clip, **aux, "labels": labels} | ({"text": text} if text else {})
     for stem, splits in {key: value for key, value in files.items() if key != "text"}.items():
         wrong = [split for split in splits if split not in SPLITS or split not in labels]
