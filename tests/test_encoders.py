@@ -412,7 +412,7 @@ def test_preprocessing_is_the_models_own(name, size, mean):
 def test_preprocessing_of_a_tag_comes_with_the_tag(monkeypatch):
     monkeypatch.setattr(libraries, "_hub_file", lambda *_: ROOT / "README.md")
     assert resolve("open_clip:ViT-B-16-SigLIP/webli").preprocess["resize_mode"] == "squash"
-    assert resolve("timm:vit_small_patch16_224.dino").preprocess["crop_pct"] == 0.9
+    assert resolve("timm:vit_small_patch16_224.dino").preprocess["crop"] == 0.9
 
 
 def test_the_transform_gives_what_the_library_gives():

@@ -26,17 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lib.features.libraries import (
-    EncoderSpec,
-    Tokenizer,
-    build_open_clip,
-    build_timm,
-    existing,
-    matching_gelu,
-    mocov3_spec,
-    open_clip_spec,
-    timm_spec,
-)
+from lib.features import libraries
+from lib.features.libraries import TIMM_KEYS, EncoderSpec, Tokenizer, existing, matching_gelu
 from lib.files import ROOT, file_hash, nearest, one_line
 
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
@@ -144,10 +135,10 @@ def resolve(name: str) -> EncoderSpec:
         ValueError: an unknown name, a missing file, a QuickGELU mismatch, or a hub that cannot be reached.
     """
     library, _, rest = name.partition(":")
-    libraries = {"embedded": _embedded_spec, "open_clip": open_clip_spec, "timm": timm_spec, "mocov3": mocov3_spec}
-    if library in libraries and rest:
-        return libraries[library](name, rest)
-    hint = nearest(name, [f"embedded:{key}" for key in embedded_index()] + [f"{key}:" for key in libraries])
+    specs = {"embedded": _embedded_spec} | libraries.SPECS
+    if library in specs and rest:
+        return specs[library](name, rest)
+    hint = nearest(name, [f"embedded:{key}" for key in embedded_index()] + [f"{key}:" for key in specs])
     raise ValueError(f"unknown encoder {name!r}; {hint}. Encoders are named {GRAMMAR}")
 
 
@@ -187,10 +178,10 @@ def _embedded_spec(name: str, rest: str) -> EncoderSpec:
         )
     colours = {"mean": tuple(entry["mean"]), "std": tuple(entry["std"])}
     preprocess = {"size": entry["image_size"], "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
-    build, settings = build_timm, entry.get("settings", {})
+    build, settings = libraries.build_timm, entry.get("settings", {})
     if entry["kind"] == "open_clip":
         config = existing(name, EMBEDDED_FOLDER / f"{entry['architecture']}.json")
-        build, settings = build_open_clip, json.loads(config.read_text())
+        build, settings = libraries.build_open_clip, json.loads(config.read_text())
     return EncoderSpec(name, build, entry["architecture"], weights, preprocess | colours, settings)
 
 
@@ -198,10 +189,10 @@ def _transforms(size: tuple[int, int], preprocess: Mapping[str, Any]) -> tuple[C
     """The plain transform, and the random crop and flip with which few-shot methods augment a support."""
     from torchvision import transforms as T
 
-    if "crop_pct" in preprocess:
+    if "crop" in preprocess:
         from timm.data import create_transform
 
-        plain = create_transform((3, *size), **{key: value for key, value in preprocess.items() if key != "size"})
+        plain = create_transform((3, *size), **{theirs: preprocess[key] for key, theirs in TIMM_KEYS.items()})
     else:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 

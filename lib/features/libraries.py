@@ -12,6 +12,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from lib.files import file_hash, find_path, nearest, one_line
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+TIMM_KEYS = {"crop": "crop_pct", "mode": "crop_mode"} | {key: key for key in ("interpolation", "mean", "std")}
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")  # numbers among OpenAI's weights
 Tokenizer = Callable[[list[str]], Tensor]
@@ -31,12 +33,9 @@ Network = tuple[nn.Module, Tokenizer | None]  # a tokenizer comes with a text to
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All that decides an encoder's features.
+    """All that decides an encoder's features; `build` reads `weights` (None: random ones) into a network.
 
     Attributes:
-        build: reads `weights` into the library's network.
-        architecture: the library's own name for it.
-        weights: the checkpoint; None for random weights.
         preprocess: size in pixels, resizing, interpolation, mean and std.
         settings: further arguments of timm.create_model, or open_clip's configuration of the model.
     """
@@ -76,17 +75,15 @@ def open_clip_spec(name: str, rest: str) -> EncoderSpec:
         hint = f"; {plain} has it, without QuickGELU" if open_clip.get_pretrained_cfg(plain, tag) else ""
         raise ValueError(f"{name}: {architecture} has no tag or file {tag!r}{hint}. Its tags: {tags}")
     elif (matching := matching_gelu(architecture, card)) != architecture:
-        gelu = (
-            "QuickGELU, the architecture has GELU" if card.get("quick_gelu") else "GELU, the architecture has QuickGELU"
-        )
+        gelus = ("QuickGELU", "GELU") if card.get("quick_gelu") else ("GELU", "QuickGELU")
         raise ValueError(
-            f"{name}: these weights were trained with {gelu}; the correct name is open_clip:{matching}/{tag}"
+            f"{name}: these weights were trained with {gelus[0]}, the architecture has {gelus[1]}; "
+            f"the correct name is open_clip:{matching}/{tag}"
         )
     else:
         repository, _, filename = card["hf_hub"].rpartition("/")
-        weights = _hub_file(
-            name, repository, (filename,) if filename else OPEN_CLIP_FILES, f"open_clip:{architecture}/FILE"
-        )
+        names = (filename,) if filename else OPEN_CLIP_FILES
+        weights = _hub_file(name, repository, names, f"open_clip:{architecture}/FILE")
     return EncoderSpec(name, build_open_clip, architecture, weights, _open_clip_preprocess(config, card), config)
 
 
@@ -149,14 +146,12 @@ def build_open_clip(spec: EncoderSpec) -> Network:
 
 
 def _tokenize(name: str, source: str, texts: list[str]) -> Tensor:
-    import open_clip
-
     try:
         tokenizer = _tokenizer(source)
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"{name}: cannot load its tokenizer ({one_line(error)})") from error
     tokens = tokenizer(texts)
-    cut = int((tokens[:, -1] != 0).sum()) if isinstance(tokenizer, open_clip.SimpleTokenizer) else 0
+    cut = int((tokens[:, -1] != 0).sum()) if type(tokenizer).__name__ == "SimpleTokenizer" else 0
     if cut:
         what = f"{name}: {cut} texts fill its context of {tokens.shape[1]} tokens and may be cut"
         warnings.warn(what, stacklevel=4)
@@ -176,19 +171,14 @@ def _openai_state(path: Path) -> dict[str, Tensor] | None:
     Raises:
         RuntimeError: a TorchScript archive that OpenAI did not publish; such a file could hold any program.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(member.endswith("/constants.pkl") for member in archive.namelist())
-        if scripted and file_hash(path) not in _openai_hashes():
-            raise RuntimeError("a TorchScript archive that is not one of OpenAI's; save its state_dict instead")
-        if scripted:
-            return _without_extras(torch.jit.load(path, map_location="cpu").state_dict())
     if path.suffix == ".safetensors":
         return None
-    return _without_extras(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _without_extras(state: object) -> dict[str, Tensor] | None:
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        if file_hash(path) not in _openai_hashes():
+            raise RuntimeError("a TorchScript archive that is not one of OpenAI's; save its state_dict instead")
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "input_resolution" not in state:
         return None
     return {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
@@ -230,8 +220,7 @@ def timm_spec(name: str, rest: str) -> EncoderSpec:
             say = f"download {card['url']} elsewhere and name it {instead}"
             raise ValueError(f"{name}: {one_line(error)}; {say}") from error
     data = resolve_data_config({}, pretrained_cfg=card)
-    kept = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
-    preprocess = {"size": tuple(data["input_size"][1:])} | {key: data[key] for key in kept}
+    preprocess = {"size": tuple(data["input_size"][1:])} | {key: data[theirs] for key, theirs in TIMM_KEYS.items()}
     return EncoderSpec(name, build_timm, model, weights, preprocess)
 
 
@@ -254,7 +243,7 @@ def build_timm(spec: EncoderSpec) -> Network:
 
 def mocov3_spec(name: str, rest: str) -> EncoderSpec:
     # AMU-Tuning feeds MoCo the crop that CLIP gets (short side to 224, bicubic), with ImageNet's mean and std.
-    preprocess = {"size": (224, 224), "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}
+    preprocess = {"size": (224, 224), "crop": 1.0, "mode": "center", "interpolation": "bicubic"}
     preprocess |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     return EncoderSpec(name, _build_mocov3, "resnet50", existing(name, rest), preprocess)
 
@@ -286,34 +275,30 @@ def existing(name: str, place: str | Path) -> Path:
 
 def _hub_file(name: str, repository: str, filenames: Sequence[str], instead: str) -> Path:
     """The first of these files that a repository of the hub has, from its cache on this machine if it is there."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants, errors, hf_hub_download
 
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
     try:
-        path = _first_file(repository, filenames, errors.LocalEntryNotFoundError, local_files_only=True)
-        if path is None:
-            if not urllib.request.getproxies():  # without a proxy an unknown host is final: spare the hub's retries
-                socket.getaddrinfo(host, 443)
-            path = _first_file(repository, filenames, errors.RemoteEntryNotFoundError)
-    except (OSError, ValueError) as error:
+        for local, missing in ((True, errors.LocalEntryNotFoundError), (False, errors.RemoteEntryNotFoundError)):
+            if not local and not urllib.request.getproxies():
+                socket.getaddrinfo(host, 443)  # without a proxy an unknown host is final: spare the hub's retries
+            for filename in filenames:
+                with suppress(missing):
+                    path = Path(hf_hub_download(repository, filename, local_files_only=local))
+                    return _undamaged(name, path)
+    except (OSError, errors.HFValidationError) as error:
         raise ValueError(
             f"{name}: {host} does not give {repository} ({one_line(error)}); download {' or '.join(filenames)} from "
             f"{constants.ENDPOINT}/{repository} on a machine that can, copy it here and name it {instead}"
         ) from error
-    if path is None:
-        raise ValueError(f"{name}: {repository} on {host} has no {' or '.join(filenames)}")
-    blob = path.resolve()
+    raise ValueError(f"{name}: {repository} on {host} has no {' or '.join(filenames)}")
+
+
+def _undamaged(name: str, path: Path) -> Path:
+    blob = path.resolve()  # the hub names large files by their sha256
     if re.fullmatch("[0-9a-f]{64}", blob.name) and file_hash(blob) != blob.name:
         raise ValueError(f"{name}: the hub's copy {blob} is damaged (sha256 {file_hash(blob)[:12]}…); delete it")
     return path
 
 
-def _first_file(repository: str, filenames: Sequence[str], missing: type[Exception], **options: bool) -> Path | None:
-    from huggingface_hub import hf_hub_download
-
-    for filename in filenames:
-        try:
-            return Path(hf_hub_download(repository, filename, **options))
-        except missing:
-            continue
-    return None
+SPECS = {"open_clip": open_clip_spec, "timm": timm_spec, "mocov3": mocov3_spec}
