@@ -188,7 +188,7 @@ def test_the_command_refuses_in_one_line(tip, tmp_path, capsys):
     (tmp_path / "five.txt").write_text("a\nb\nc\nd\nextra\n")
     refused("5 class names are given", "--classes", str(tmp_path / "five.txt"))
     (tmp_path / "twice.txt").write_text("a\nb\na\nd\n")
-    refused("'a' is there 2 times", "--classes", str(tmp_path / "twice.txt"))
+    refused("'a' is there more than once", "--classes", str(tmp_path / "twice.txt"))
     refused("no file /nope.pt", *names, "--text", "/nope.pt")
     torch.save(torch.randn(4, 5), tmp_path / "text.pt")
     refused("text features have 5 dimensions, clip has 6", *names, "--text", str(tmp_path / "text.pt"))

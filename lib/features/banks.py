@@ -35,15 +35,6 @@ from lib.features.images import SPLITS
 from lib.files import file_hash, find_path, write_json
 
 LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
-FIELDS = {  # of meta.json
-    "name": (str,),
-    "class_names": (list,),
-    "sha256": (dict,),
-    "backbones": (list, dict),
-    "text": (dict,),
-    "text.logit_scale": (int, float),
-    "text.prompt": (str,),
-}
 Array = Tensor | np.ndarray
 TEXT_HELP = (
     "encode prompts of the class names with the same CLIP and give them to save_bank(text=…), or to "
@@ -199,18 +190,18 @@ def save_bank(
     path, aux, text = Path(path).absolute(), aux or {}, text or {}
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is not empty; a bank is written into a new folder")
-    for kind, encoder in [*(("clip", key) for key in clip), *(("aux", key) for key in aux)]:
-        if not encoder.startswith(kind) or Path(encoder).name != encoder:
+    files = {**clip, **aux, "labels": labels}
+    for stem, splits in files.items():
+        kind = "labels" if stem == "labels" else "aux" if stem in aux else "clip"
+        if not stem.startswith(kind) or Path(stem).name != stem:
             raise ValueError(
-                f"{kind} features are named {kind}…, not {encoder!r}; the name becomes a file's, without '/'"
+                f"{kind} features are named {kind}…, not {stem!r}; that becomes a file's name, without '/'"
             )
-    files = {**clip, **aux, "labels": labels} | ({"text": text} if text else {})
-    for stem, splits in {key: value for key, value in files.items() if key != "text"}.items():
         wrong = [split for split in splits if split not in SPLITS or split not in labels]
         if wrong:
-            raise ValueError(
-                f"{stem} has split {wrong[0]!r}; splits are {', '.join(SPLITS)}, labels have {', '.join(labels)}"
-            )
+            has = f"splits are {', '.join(SPLITS)}, labels have {', '.join(labels)}"
+            raise ValueError(f"{stem} has split {wrong[0]!r}; {has}")
+    files |= {"text": text} if text else {}
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     partial.mkdir(parents=True)
     try:
@@ -243,23 +234,34 @@ def _read_card(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(card, dict):
         raise ValueError(f"{path} must hold a mapping, not {card!r:.40}")
-    missing = {"name", "class_names"} - set(card)
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
-    text = card.get("text")
-    values = card | {f"text.{key}": value for key, value in text.items()} if isinstance(text, dict) else card
-    for field, kinds in FIELDS.items():
-        if field in values and not isinstance(values[field], kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{path}: {field} must be {expected}, not {values[field]!r:.40}")
-    for field, entries in (("class_names", card["class_names"]), ("sha256", card.get("sha256", {}).values())):
-        wrong = [entry for entry in entries if not isinstance(entry, str)]
-        if wrong:
-            raise ValueError(f"{path}: {field} must hold str, not {wrong[0]!r:.40}")
-    names, count = Counter(card["class_names"]).most_common(1)[0] if card["class_names"] else ("", 0)
-    if count != 1:
-        raise ValueError(f"{path}: class_names must differ, {names!r} is there {count} times")
+    if {"name", "class_names"} - set(card):
+        raise ValueError(f"{path} lacks {', '.join(sorted({'name', 'class_names'} - set(card)))}")
+    for field, (what, fits) in FIELDS.items():
+        if field in card and not fits(card[field]):
+            raise ValueError(f"{path}: {field} must be {what}, not {card[field]!r:.60}")
+    repeated = [name for name, count in Counter(card["class_names"]).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{path}: class_names must differ, {repeated[0]!r} is there more than once")
     return card
+
+
+def _strings(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("prompt") or "", str):
+        return False
+    return isinstance(value.get("logit_scale", LOGIT_SCALE), (int, float))
+
+
+FIELDS = {  # of meta.json: what each holds, and a test of it
+    "name": ("a string", lambda value: isinstance(value, str)),
+    "class_names": ("a list of strings", lambda value: isinstance(value, list) and value and _strings(value)),
+    "sha256": ("a mapping to strings", lambda value: isinstance(value, dict) and _strings(value.values())),
+    "backbones": ("a list or a mapping", lambda value: isinstance(value, (list, dict))),
+    "text": ("a mapping with prompt (a string) and logit_scale (a number)", _is_text),
+}
 
 
 def _tensor(what: str, values: Array) -> Tensor:

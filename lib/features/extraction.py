@@ -109,9 +109,8 @@ def read(job: Job) -> Entry | None:
 def write(job: Job, shape: Sequence[int], chunks: Iterable[Tensor], **facts: Any) -> None:
     """Write an entry piece by piece, then its manifest: labels (int64) first, then features (float32) of `shape`."""
     digests: list[str] = []
-    replace_file(
-        job.folder / "features.safetensors", lambda stream: digests.append(_write_tensors(stream, shape, chunks))
-    )
+    path = job.folder / "features.safetensors"
+    replace_file(path, lambda stream: digests.append(_write_tensors(stream, shape, chunks)))
     manifest = {"fingerprint": job.fingerprint, "sha256": digests[0], "shape": list(shape), **facts}
     text = json.dumps(manifest | {"ingredients": dict(job.ingredients)}, indent=1, sort_keys=True).encode()
     replace_file(job.folder / "manifest.json", lambda stream: stream.write(text))
@@ -141,9 +140,8 @@ def extract(
     batches = {shard: _batches(shard, len(images), max(1, batch_size // views)) for shard in set().union(*missing)}
     order = [batch for shard in sorted(batches) for batch in batches[shard]]
     decoder = _Decoder(images, [e.transform if views == 1 else e.augment for e in encoders], views)
-    loader = DataLoader(  # without a generator it would draw from the caller's
-        decoder, batch_sampler=order, num_workers=num_workers, collate_fn=list, generator=torch.Generator()
-    )
+    generator = torch.Generator()  # the loader would otherwise draw from the caller's
+    loader = DataLoader(decoder, batch_sampler=order, num_workers=num_workers, collate_fn=list, generator=generator)
     names, done = ", ".join(job.encoder for job in jobs), len(images) - sum(map(len, order))
     bar = tqdm(total=len(images), initial=done, unit="img", desc=names, disable=None)
     with closing(batch for batch in loader) as decoded, bar:  # closing ends the worker processes at once
@@ -210,15 +208,12 @@ def _batches(shard: int, total: int, size: int) -> list[range]:
 
 def _shards(folder: Path) -> dict[int, Path]:
     """The whole shards of a folder; others are deleted and named in a warning."""
-    whole = {}
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        _, number, digest = path.stem.split("-")
-        if file_hash(path) == digest:
-            whole[int(number)] = path
-        else:
-            warnings.warn(f"damaged shard {path}; computing it again", stacklevel=4)
-            path.unlink(missing_ok=True)
-    return whole
+    shards = {path: path.stem.split("-") for path in sorted(folder.glob("shard-*.safetensors"))}
+    damaged = [path for path, (_, _, digest) in shards.items() if file_hash(path) != digest]
+    for path in damaged:
+        warnings.warn(f"damaged shard {path}; computing it again", stacklevel=4)
+        path.unlink(missing_ok=True)
+    return {int(number): path for path, (_, number, _) in shards.items() if path not in damaged}
 
 
 def _write_shard(folder: Path, shard: int, x: Tensor, rows: list[int], bad: Mapping[str, str]) -> None:
@@ -255,11 +250,9 @@ def _write_tensors(stream: BinaryIO, shape: Sequence[int], chunks: Iterable[Tens
     8 bytes, the header as JSON padded to a multiple of 8, the tensors' bytes.
     """
     n, size = shape[-2], 4 * math.prod(shape)
-    layout = {
-        "y": {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]},
-        "x": {"dtype": "F32", "shape": list(shape), "data_offsets": [8 * n, 8 * n + size]},
-    }
-    header = json.dumps(layout).encode()
+    y = {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]}
+    x = {"dtype": "F32", "shape": list(shape), "data_offsets": [8 * n, 8 * n + size]}
+    header = json.dumps({"y": y, "x": x}).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
     for piece in (len(header).to_bytes(8, "little"), header, *(chunk.contiguous().numpy() for chunk in chunks)):
@@ -271,10 +264,8 @@ def _write_tensors(stream: BinaryIO, shape: Sequence[int], chunks: Iterable[Tens
 def _require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in folder.glob("shard-*"))
     if free < 2 * size:
-        raise ValueError(
-            f"{folder} has {free / 1e6:.1f} MB free, extraction needs {2 * size / 1e6:.1f} MB (shards, then all); "
-            "make room or name another cache by LOGIT_BIAS_CACHE"
-        )
+        lack = f"{folder} has {free / 1e6:.1f} MB free, extraction needs {2 * size / 1e6:.1f} MB (shards, then all)"
+        raise ValueError(f"{lack}; make room or name another cache by LOGIT_BIAS_CACHE")
 
 
 def _undecodable(failed: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ warning; a damaged bank of somebody else is refused.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,26 +106,11 @@ def load_many(
     data, specs = datasets.load(dataset), [resolve(encoder) for encoder in encoders]
     images = data.images(split)
     place = cache_root(cache) / slug(data.base) / slug(split)
-    further = {
-        "split": split,
-        "manifest": images.manifest,
-        "views": views,
-        "augmentation": extraction.AUGMENTATION_SEED if views > 1 else None,
-    }
+    augmentation = extraction.AUGMENTATION_SEED if views > 1 else None
+    further = {"split": split, "manifest": images.manifest, "views": views, "augmentation": augmentation}
     jobs = [make_job(spec, place, precision, **further) for spec in specs]
-
-    def make(missing: list[extraction.Job]) -> None:
-        extraction.extract(
-            missing,
-            images,
-            views=views,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            quarantine=quarantine,
-        )
-
+    options = {"views": views, "device": device, "precision": precision, "batch_size": batch_size}
+    make = partial(extraction.extract, images=images, num_workers=num_workers, quarantine=quarantine, **options)
     features = []
     for job, (x, y, manifest) in zip(jobs, extraction.cached(jobs, make), strict=True):
         bad = tuple(manifest["quarantined"])
