@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -19,7 +20,7 @@ from small_models import write_folder
 from lib import features
 from lib.features import extraction
 from lib.features.encoders import Encoder
-from lib.files import file_hash
+from lib.files import file_hash, locked
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 needs_fork = pytest.mark.skipif(FORK is None, reason="fork is safe with torch on Linux only")
@@ -291,6 +292,40 @@ def test_a_read_only_cache_is_read_and_a_missing_bank_refused(own, small_disk):
         features.load(own, "test", "embedded:conv", device="cpu", cache=small_disk / "cache")
     with pytest.raises(ValueError, match="cannot be written"):
         features.load_text("digits", "embedded:clip", device="cpu", cache=small_disk / "cache")
+
+
+def test_a_bank_that_does_not_fit_leaves_nothing_half_made(small_disk):
+    parts = {
+        "clip": {"clip": {"test": torch.randn(3000, 100)}},
+        "labels": {"test": torch.zeros(3000, dtype=torch.int64)},
+    }
+    with pytest.raises(OSError, match=rf"cannot write {small_disk}/bank: .*No space left"):
+        features.save_bank(small_disk / "bank", **parts, class_names=["one"])
+    assert list(small_disk.iterdir()) == []
+    with pytest.raises(ValueError, match="is not empty"):
+        features.save_bank(__file__, **parts, class_names=["one"])
+
+
+def test_a_second_writer_says_once_that_it_waits(tmp_path, capsys):
+    begun = threading.Event()
+
+    def wait():
+        with locked(tmp_path / "folder"):
+            begun.set()
+
+    with locked(tmp_path / "folder"):
+        rival = threading.Thread(target=wait)
+        rival.start()
+        assert not begun.wait(0.3)
+    rival.join()
+    assert begun.is_set()
+    assert capsys.readouterr().err == f"another process is making {tmp_path / 'folder'}; waiting for it\n"
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ValueError, match=r"file/a cannot be written .*; name another by LOGIT_BIAS_DATA"),
+        locked(tmp_path / "file" / "a", "LOGIT_BIAS_DATA"),
+    ):
+        pytest.fail("a file is no folder")
 
 
 def test_a_cache_path_that_is_a_file_is_refused(own, tmp_path):

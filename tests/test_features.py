@@ -518,6 +518,7 @@ def test_numpy_arrays_and_string_paths_are_taken(tmp_path, monkeypatch):
     arrays["text"] = {"clip_a": np.asfortranarray(parts["text"]["clip_a"].numpy())}
     arrays["labels"] = {key: y.numpy().astype(np.int32) for key, y in parts["labels"].items()}
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "arrays").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made = features.save_bank("arrays", **arrays, class_names=np.array(parts["class_names"]))

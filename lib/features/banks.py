@@ -87,7 +87,7 @@ class FeatureBank:
         stored, labels = self._tensors(encoder), self._tensors("labels")
         for part in (stored, labels):
             if split not in part:
-                has = ", ".join(known for known in SPLITS if known in part)
+                has = ", ".join(name for name in SPLITS if name in part)
                 raise ValueError(f"{self.folder}, {encoder}: has no split {split!r}; it has {has}")
         dims = {part: tuple(x.shape[1:]) for part, x in stored.items()}
         if len(set(dims.values())) > 1:
@@ -100,9 +100,8 @@ class FeatureBank:
 
     def has_text(self, encoder: str) -> bool:
         """Whether `text` has features for a CLIP file."""
-        if encoder not in self.clip_encoders or not (self.folder / "text.safetensors").is_file():
-            return False
-        return bool({encoder, "text"} & set(self._tensors("text")))
+        stored = self._tensors("text") if (self.folder / "text.safetensors").is_file() else {}
+        return encoder in self.clip_encoders and bool({encoder, "text"} & set(stored))
 
     def text(self, encoder: str) -> Float[Tensor, "C D"]:
         """Stored text features of a CLIP file, one row per class, not normalised.
@@ -220,6 +219,8 @@ def save_bank(
         os.replace(partial, path)
     except ValueError as error:
         raise ValueError(str(error).replace(str(partial), str(path))) from error
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
