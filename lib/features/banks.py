@@ -211,8 +211,8 @@ def save_bank(
         names = class_names if isinstance(class_names, str) else list(class_names)
         write_json(partial / "meta.json", {"name": name or path.name, "class_names": names, **meta, "sha256": sums})
         bank = FeatureBank(partial)
-        for encoder, splits in {**clip, **aux}.items():
-            for split in splits:
+        for encoder in (*clip, *aux):
+            for split in files[encoder]:
                 bank.rows(split, encoder)
         for encoder in text:
             bank.text(encoder)
@@ -235,19 +235,15 @@ def _read_card(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(card, dict):
         raise ValueError(f"{path} must hold a mapping, not {card!r:.40}")
-    if {"name", "class_names"} - set(card):
-        raise ValueError(f"{path} lacks {', '.join(sorted({'name', 'class_names'} - set(card)))}")
     for field, (what, fits) in FIELDS.items():
+        if field not in card and field in ("name", "class_names"):
+            raise ValueError(f"{path} lacks {field}")
         if field in card and not fits(card[field]):
             raise ValueError(f"{path}: {field} must be {what}, not {card[field]!r:.60}")
     repeated = [name for name, count in Counter(card["class_names"]).items() if count > 1]
     if repeated:
         raise ValueError(f"{path}: class_names must differ, {repeated[0]!r} is there more than once")
     return card
-
-
-def _strings(values: Iterable[object]) -> bool:
-    return all(isinstance(value, str) for value in values)
 
 
 def _is_text(value: object) -> bool:
@@ -258,8 +254,8 @@ def _is_text(value: object) -> bool:
 
 FIELDS = {  # of meta.json: what each holds, and a test of it
     "name": ("a string", lambda value: isinstance(value, str)),
-    "class_names": ("a list of strings", lambda value: isinstance(value, list) and value and _strings(value)),
-    "sha256": ("a mapping to strings", lambda value: isinstance(value, dict) and _strings(value.values())),
+    "class_names": ("a list of strings", lambda value: isinstance(value, list) and {*map(type, value)} == {str}),
+    "sha256": ("a mapping to strings", lambda value: isinstance(value, dict) and {*map(type, value.values())} <= {str}),
     "backbones": ("a list or a mapping", lambda value: isinstance(value, (list, dict))),
     "text": ("a mapping with prompt (a string) and logit_scale (a number)", _is_text),
 }

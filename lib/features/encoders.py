@@ -70,7 +70,7 @@ class Encoder:
         """Features in the encoder's own scale: float32, on the CPU, not normalised."""
         batch = batch.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with self._arithmetic():
-            return _image_tower(self.model)(batch).float().cpu()
+            return getattr(self.model, "encode_image", self.model)(batch).float().cpu()
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Float[Tensor, "n D"]:
@@ -120,12 +120,11 @@ def load_encoder(name: str, device: str = "auto", precision: str = "fp32") -> En
         raise ValueError(f"{name}: cannot read {what} as {spec.architecture}: {why}") from error
     model = model.eval().requires_grad_(False).to(place, memory_format=torch.channels_last)
     size = spec.preprocess["size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    size = (size, size) if isinstance(size, int) else size
     with torch.no_grad():
-        dim = _image_tower(model)(torch.zeros(1, 3, height, width, device=place)).shape[-1]
+        dim = getattr(model, "encode_image", model)(torch.zeros(1, 3, *size, device=place)).shape[-1]
     scale = float(model.logit_scale.exp()) if tokenizer else None
-    transforms = _transforms((height, width), spec.preprocess)
-    return Encoder(name, dim, *transforms, place, precision, scale, model, tokenizer)
+    return Encoder(name, dim, *_transforms(size, spec.preprocess), place, precision, scale, model, tokenizer)
 
 
 def resolve(name: str) -> EncoderSpec:
@@ -147,12 +146,10 @@ def listed() -> list[str]:
     import open_clip
     import timm
 
-    tags = [
-        f"open_clip:{architecture}/{tag}"
-        for architecture, tag in open_clip.list_pretrained()
-        if matching_gelu(architecture, open_clip.get_pretrained_cfg(architecture, tag)) == architecture
-    ]
-    return [*(f"embedded:{key}" for key in embedded_index()), *tags, *(f"timm:{key}" for key in timm.list_pretrained())]
+    tags = open_clip.list_pretrained()
+    tags = [(net, tag) for net, tag in tags if matching_gelu(net, open_clip.get_pretrained_cfg(net, tag)) == net]
+    names = [f"embedded:{key}" for key in embedded_index()] + [f"open_clip:{net}/{tag}" for net, tag in tags]
+    return names + [f"timm:{key}" for key in timm.list_pretrained()]
 
 
 def embedded_index() -> dict[str, dict[str, Any]]:
@@ -200,10 +197,6 @@ def _transforms(size: tuple[int, int], preprocess: Mapping[str, Any]) -> tuple[C
     crop = T.RandomResizedCrop(size, scale=(0.5, 1.0), interpolation=T.InterpolationMode.BICUBIC)
     normalise = T.Normalize(preprocess["mean"], preprocess["std"])
     return plain, T.Compose([crop, T.RandomHorizontalFlip(), T.ToTensor(), normalise])
-
-
-def _image_tower(model: nn.Module) -> Callable[..., Tensor]:
-    return getattr(model, "encode_image", model)
 
 
 def _device(name: str) -> torch.device:

@@ -202,8 +202,8 @@ def _encode(
 
 
 def _batches(shard: int, total: int, size: int) -> list[range]:
-    end = min(total, (shard + 1) * SHARD)
-    return [range(start, min(end, start + size)) for start in range(shard * SHARD, end, size)]
+    rows = range(shard * SHARD, min(total, (shard + 1) * SHARD))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _shards(folder: Path) -> dict[int, Path]:

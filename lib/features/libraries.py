@@ -52,9 +52,6 @@ class EncoderSpec:
         return file_hash(self.weights) if self.weights else f"random weights of {self.architecture}, seed 0"
 
 
-# ---- open_clip --------------------------------------------------------------------------------------------------
-
-
 def open_clip_spec(name: str, rest: str) -> EncoderSpec:
     import open_clip
 
@@ -151,10 +148,9 @@ def _tokenize(name: str, source: str, texts: list[str]) -> Tensor:
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"{name}: cannot load its tokenizer ({one_line(error)})") from error
     tokens = tokenizer(texts)
-    cut = int((tokens[:, -1] != 0).sum()) if type(tokenizer).__name__ == "SimpleTokenizer" else 0
-    if cut:
-        what = f"{name}: {cut} texts fill its context of {tokens.shape[1]} tokens and may be cut"
-        warnings.warn(what, stacklevel=4)
+    full = int((tokens[:, -1] != 0).sum())
+    if full and type(tokenizer).__name__ == "SimpleTokenizer":  # others may pad with another number
+        warnings.warn(f"{name}: {full} texts fill its context of {tokens.shape[1]} tokens and may be cut", stacklevel=4)
     return tokens
 
 
@@ -191,9 +187,6 @@ def _openai_hashes() -> set[str]:
     return {url.split("/")[-2] for url in urls if "openaipublic" in url}
 
 
-# ---- timm, and MoCo v3, which timm does not have ----------------------------------------------------------------
-
-
 def timm_spec(name: str, rest: str) -> EncoderSpec:
     import timm
     from timm.data import resolve_data_config
@@ -217,8 +210,7 @@ def timm_spec(name: str, rest: str) -> EncoderSpec:
         try:
             weights = Path(download_cached_file(card["url"]))
         except OSError as error:
-            say = f"download {card['url']} elsewhere and name it {instead}"
-            raise ValueError(f"{name}: {one_line(error)}; {say}") from error
+            raise ValueError(f"{name}: {one_line(error)}; download {card['url']}, name it {instead}") from error
     data = resolve_data_config({}, pretrained_cfg=card)
     preprocess = {"size": tuple(data["input_size"][1:])} | {key: data[theirs] for key, theirs in TIMM_KEYS.items()}
     return EncoderSpec(name, build_timm, model, weights, preprocess)
@@ -262,9 +254,6 @@ def _build_mocov3(spec: EncoderSpec) -> Network:
     return model, None
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
-
-
 def existing(name: str, place: str | Path) -> Path:
     """The path of a file that encoder `name` asks for; ValueError where it is not."""
     path = find_path(place)
@@ -284,8 +273,7 @@ def _hub_file(name: str, repository: str, filenames: Sequence[str], instead: str
                 socket.getaddrinfo(host, 443)  # without a proxy an unknown host is final: spare the hub's retries
             for filename in filenames:
                 with suppress(missing):
-                    path = Path(hf_hub_download(repository, filename, local_files_only=local))
-                    return _undamaged(name, path)
+                    return _undamaged(name, Path(hf_hub_download(repository, filename, local_files_only=local)))
     except (OSError, errors.HFValidationError) as error:
         raise ValueError(
             f"{name}: {host} does not give {repository} ({one_line(error)}); download {' or '.join(filenames)} from "

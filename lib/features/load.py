@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib.features import datasets, extraction
-from lib.features.banks import LOGIT_SCALE, FeatureBank, open_bank
+from lib.features.banks import LOGIT_SCALE, open_bank
 from lib.features.encoders import Encoder, load_encoder, resolve
 from lib.features.extraction import fingerprint, make_job, slug
 from lib.files import cache_root
@@ -65,7 +65,7 @@ class TextFeatures:
 
 
 def load(dataset: str, split: str, encoder: str, **options: Any) -> Features:
-    """Features of a split under one encoder; see `load_many` for the options."""
+    """Features of a split under one encoder; options as for `load_many`."""
     return load_many(dataset, split, [encoder], **options)[0]
 
 
@@ -102,7 +102,7 @@ def load_many(
     if dataset.startswith("features:"):
         if views > 1:
             raise ValueError(f"{dataset} holds one row per image, not {views} views")
-        return tuple(_from_bank(open_bank(dataset), dataset, split, encoder) for encoder in encoders)
+        return tuple(_from_bank(dataset, split, encoder) for encoder in encoders)
     data, specs = datasets.load(dataset), [resolve(encoder) for encoder in encoders]
     images = data.images(split)
     place = cache_root(cache) / slug(data.base) / slug(split)
@@ -145,7 +145,11 @@ def load_text(
     if dataset.startswith("features:"):
         if templates is not None:
             raise ValueError(f"{dataset} holds text features already made; templates cannot be chosen")
-        return _text_from_bank(open_bank(dataset), dataset, encoder)
+        bank = open_bank(dataset)
+        x, card = normalize(bank.text(encoder), dim=1), bank.card.get("text", {})
+        about = (card["prompt"],) if card.get("prompt") else ()
+        digest, scale = fingerprint({"class_names": bank.class_names, **bank.hashes("text")}), card.get("logit_scale")
+        return TextFeatures(x, bank.class_names, encoder, dataset, about, float(scale or LOGIT_SCALE), digest)
     data = datasets.load(dataset)
     prompts = datasets.prompts(templates, data)
     if isinstance(prompts, Mapping):
@@ -172,15 +176,8 @@ def _class_mean(model: Encoder, texts: list[str]) -> Float[Tensor, " D"]:
     return normalize(normalize(x, dim=1).mean(dim=0), dim=0)
 
 
-def _from_bank(bank: FeatureBank, dataset: str, split: str, encoder: str) -> Features:
+def _from_bank(dataset: str, split: str, encoder: str) -> Features:
+    bank = open_bank(dataset)
     x, y = bank.rows(split, encoder)
     ingredients = {"split": split, "class_names": bank.class_names, **bank.hashes(encoder, "labels")}
     return Features(x, y, bank.class_names, encoder, dataset, split, fingerprint(ingredients))
-
-
-def _text_from_bank(bank: FeatureBank, dataset: str, encoder: str) -> TextFeatures:
-    x, card = normalize(bank.text(encoder), dim=1), bank.card.get("text", {})
-    prompts = (card["prompt"],) if card.get("prompt") else ()
-    digest = fingerprint({"class_names": bank.class_names, **bank.hashes("text")})
-    scale = float(card.get("logit_scale", LOGIT_SCALE))
-    return TextFeatures(x, bank.class_names, encoder, dataset, prompts, scale, digest)
