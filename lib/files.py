@@ -1,14 +1,18 @@
-"""Where things lie, and files that are whole or not there: roots, paths a user typed, hashes, atomic writes."""
+"""Where things lie, and files that are whole or not there: roots, paths a user typed, hashes, locks, atomic writes."""
 
 import difflib
 import hashlib
 import json
 import os
+import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +34,7 @@ def find_path(text: str | Path) -> Path:
     """
     path = Path(text).expanduser()
     here = Path(os.environ.get("LOGIT_BIAS_CWD") or Path.cwd()) / path
-    return path if path.is_absolute() else here if here.exists() else ROOT / path
+    return here if path.is_absolute() or here.exists() else ROOT / path
 
 
 def file_hash(path: Path) -> str:
@@ -45,11 +49,35 @@ def _file_hash(path: Path, size: int, mtime: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@contextmanager
+def locked(folder: Path, variable: str = "LOGIT_BIAS_CACHE") -> Iterator[None]:
+    """Hold `folder`, made where it is missing, for one writer; a second process waits for the first to end or die.
+
+    Raises:
+        ValueError: the folder cannot be written; names `variable`, by which the user chooses another.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"another process is making {folder}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks: two writers then do the same work, harmlessly
+        pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); name another by {variable}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Write a file so that it is either whole under its name, or not there.
 
     Raises:
-        OSError: naming the file, for instance when the disk is full.
+        OSError: names the file, for instance when the disk is full.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -72,11 +100,11 @@ def write_json(path: Path, value: object) -> Path:
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
-    """Hint for an unknown name: `did you mean 'x'? known: x, y, z`."""
+    """Hint for an unknown name: `did you mean 'x'? known: x, y, z`; more than 60 names are not spelt out."""
     names = list(names)
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{hint}known: {', '.join(names)}"
+    return f"{hint}known: {', '.join(names) if len(names) <= 60 else f'{len(names)} names'}"
 
 
 def one_line(error: BaseException) -> str:
