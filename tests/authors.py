@@ -39,7 +39,7 @@ def error(ours, theirs):
 
 
 def unequal(task):
-    """Return the task with 1, 3 and otherwise all support images a class, in no order of classes."""
+    """The task with 1, 3 and otherwise all support images per class, classes shuffled."""
     support, seen = task.support, torch.zeros(task.num_classes, dtype=torch.int64)
     keep = []
     for row, c in enumerate(support.y.tolist()):

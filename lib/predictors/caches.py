@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy.polynomial.chebyshev import chebpts1, chebvander
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
@@ -35,16 +37,14 @@ def class_sums(values: Float[Tensor, "n m"], counts: Int64[Tensor, " C"]) -> Flo
     return values.new_zeros(n, classes).index_add(1, torch.arange(classes).repeat_interleave(counts), values)
 
 
-def kernel(
-    affinity: Float[Tensor, "n m"], sharpness: float, log_weight: Float[Tensor, " m"] | float = 0.0
-) -> Float[Tensor, "n m"]:
+def kernel(affinity: Float[Tensor, "n m"], sharpness: float, log_weight: Tensor | float = 0.0) -> Float[Tensor, "n m"]:
     """exp(-sharpness (1 - affinity) + log_weight), in one pass over the affinity."""
     return torch.add(torch.as_tensor(log_weight - sharpness), affinity, alpha=sharpness).exp_()
 
 
 @dataclass(eq=False)
 class Cache(Predictor):
-    """Tip-Adapter's cache: the one-hot labels of the support, weighted by a kernel of cosines.
+    """Tip-Adapter's cache: one-hot labels of the support, weighted by a kernel of cosines.
 
         cache_logits = exp(-sharpness (1 - x keys^T)) one_hot,    keys the support's unit rows, class by class
 
@@ -168,8 +168,7 @@ class APE(Cache):
 
     x', keys, T' hold the `channels` (a fraction) with the largest J, re-normalised. The mean product is over texts and
     support together and has a closed form: with S_c the sum of the N_c rows of class c, it is
-    ((sum_c S_c)^2 - sum_c S_c^2) / ((sum_c N_c)^2 - sum_c N_c^2) in each channel. p is without CLIP's factor 100, as
-    released.
+    ((sum_c S_c)^2 - sum_c S_c^2) / ((sum_c N_c)^2 - sum_c N_c^2) in each channel. As released, p lacks the factor 100.
 
     Source: APE (arXiv 2304.01195), training-free; repository yangyangyang127/APE, `caltech101.yaml`.
     """
@@ -267,22 +266,19 @@ def over_sharpness(
 ) -> Iterator[Float[Tensor, "n C"]]:
     """`cache_logits(sharpness)` for each of many sharpnesses, of which only some 16 are computed.
 
-    Cache logits are sums of exp(sharpness (affinity - 1)), which a polynomial through r + 12 Chebyshev nodes of the
-    range of sharpnesses meets to the precision of float32; r is half the range times the largest |affinity - 1|:
+    Cache logits are sums of exp(sharpness (affinity - 1)). The polynomial through r + 12 Chebyshev nodes of the range
+    of sharpnesses meets them to float32's precision; r is half the range times the largest |affinity - 1|:
 
-        p(s) = sum_j v_j w_j / (s - s_j) / sum_j w_j / (s - s_j),    w_j = (-1)^j sin((2j + 1) pi / 2J),  j < J nodes
+        p(s) = T(s) T(nodes)^-1 cache_logits(nodes),    T the row of Chebyshev polynomials of degree 0 to r + 11
     """
-    low, high = min(sharpnesses), max(sharpnesses)
-    count = math.ceil((high - low) / 2 * max(abs(value.item() - 1) for value in affinity.aminmax())) + 12
+    middle, half = (min(sharpnesses) + max(sharpnesses)) / 2, (max(sharpnesses) - min(sharpnesses)) / 2
+    count = math.ceil(half * max(abs(value.item() - 1) for value in affinity.aminmax())) + 12
     if len(set(sharpnesses)) <= count:
         yield from map(cache_logits, sharpnesses)
         return
-    j = torch.arange(count, dtype=torch.float64)
-    angle = (2 * j + 1) * math.pi / (2 * count)
-    nodes = (low + high) / 2 + (high - low) / 2 * torch.cos(angle)
-    at_nodes = torch.stack([cache_logits(node) for node in nodes.tolist()])
-    gap = torch.tensor(sharpnesses, dtype=torch.float64)[:, None] - nodes
-    weight = (1 - 2 * (j % 2)) * torch.sin(angle) / torch.where(gap.abs() < 1e-12, 1e-12, gap)
-    weight = (weight / weight.sum(1, keepdim=True)).float()
+    nodes = chebpts1(count)
+    at_nodes = torch.stack([cache_logits(middle + half * node) for node in nodes.tolist()])
+    places = (np.array(sharpnesses) - middle) / half
+    weight = torch.from_numpy(chebvander(places, count - 1) @ np.linalg.inv(chebvander(nodes, count - 1))).float()
     for part in weight.split(max(1, 2**22 // at_nodes[0].numel())):
         yield from (part @ at_nodes.flatten(1)).view(-1, *at_nodes.shape[1:])

@@ -1,7 +1,4 @@
-"""Predictors that learn in the space CLIP's images and texts share: their logits contain the zero-shot knowledge.
-
-Methods replace `s0` by what they return. They compare images with class texts, so most run on features `clip` only.
-"""
+"""Predictors that learn in the space CLIP's images and texts share: their logits contain `s0` and replace it."""
 
 from __future__ import annotations
 
@@ -61,11 +58,10 @@ class CLIPAdapter(TextTuned):
 
     Args:
         ratio: weight of the adapted feature, in [0, 1]; 0 gives zero-shot CLIP back.
-        lr, weight_decay, epochs, batch_size: of SGD with momentum 0.9 and CoOp's schedule. The authors ship no
-            training configuration: these are ours, and large enough to move the unit features of a frozen encoder.
+        lr, weight_decay, epochs, batch_size: of SGD with momentum 0.9 and CoOp's schedule; ours, as the authors ship no
+            training configuration, and large enough to move unit features.
 
-    Source: CLIP-Adapter (arXiv 2110.04544), eq. 3-6, image side; repository gaopengcuhk/CLIP-Adapter (the second
-        ReLU is theirs).
+    Source: CLIP-Adapter (arXiv 2110.04544), eq. 3-6, image side; repository gaopengcuhk/CLIP-Adapter (second ReLU).
     """
 
     ratio: float = 0.2
@@ -75,10 +71,8 @@ class CLIPAdapter(TextTuned):
     def fit(
         self, task: FewShotTask, start: tuple[Tensor, Tensor] | None = None, orders: Orders | None = None
     ) -> CLIPAdapter:
-        """Fit from `start`, W1 and W2; PyTorch's initial weights if absent."""
         self.check(task)
-        dim = task.text.shape[1]
-        hidden = max(1, dim // 4)
+        dim, hidden = task.text.shape[1], max(1, task.text.shape[1] // 4)
         start = start or (random_weight(task, (hidden, dim)), random_weight(task, (dim, hidden)))
         self.text_, weights = task.text, [weight.clone().requires_grad_() for weight in start]
         optimiser = torch.optim.SGD(weights, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
@@ -89,9 +83,7 @@ class CLIPAdapter(TextTuned):
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return self._forward(split.clip, self.down_, self.up_)
 
-    def _forward(
-        self, x: Float[Tensor, "n D"], down: Float[Tensor, "h D"], up: Float[Tensor, "D h"]
-    ) -> Float[Tensor, "n C"]:
+    def _forward(self, x: Float[Tensor, "n D"], down: Tensor, up: Tensor) -> Float[Tensor, "n C"]:
         adapted = torch.relu(torch.relu(x @ down.T) @ up.T)
         return LOGIT_SCALE * normalize(self.ratio * adapted + (1 - self.ratio) * x, dim=1) @ self.text_.T
 
@@ -132,9 +124,8 @@ class TextProbe(TextTuned):
 
         logits = 100 f unit(w_c)^T,    loss = CE + (1/C) sum_c lambda_c ||w_c - text_norm t_c||^2
 
-    lambda_c is the mean zero-shot probability that the support images of class c have for c. The penalty lives in the
-    space of texts before their normalisation, whose rows are `text_norm` long; on unit rows the authors' learning rate
-    is unstable and their penalty too weak.
+    lambda_c is the mean zero-shot probability of c over the support images of class c. The penalty is on texts before
+    normalisation, `text_norm` long: on unit rows the authors' learning rate is unstable and their penalty too weak.
 
     Args:
         constraint: `none`; `l2`; `l2-balanced`, all lambda 1; `l2-corrected`, lambda C / sum(lambda); `l2-constant`,
@@ -153,7 +144,6 @@ class TextProbe(TextTuned):
     def fit(
         self, task: FewShotTask, start: Float[Tensor, "C D"] | None = None, orders: Orders | None = None
     ) -> TextProbe:
-        """Fit from the prototypes `start`; `text_norm` times the class texts if absent."""
         self.check(task)
         self.multipliers_ = self._multipliers(task)
         start = self.text_norm * task.text if start is None else start
@@ -280,16 +270,13 @@ class LPPlusPlus(Predictor):
 
         logits = x W^T + b + alpha_c cos(f, t_c)
 
-    All is learned from the full batch with mean cross-entropy: W and b by gradient descent with momentum 0.9 and step
-    4 n / lambda_max(X^T X), alpha every tenth step by n / (4 max_c sum_i cos(f_i, t_c)^2). W starts at the class sums,
-    alpha at 250 times the mean cosine of an image to its text. As released, the gradient of alpha is never cleared: its
-    k-th step uses the sum of all gradients so far. The authors' b starts at random numbers; here at 0, which treats all
-    classes alike.
+    Full-batch descent on the mean cross-entropy: W and b with momentum 0.9 and step 4 n / lambda_max(X^T X), alpha at
+    every tenth with n / (4 max_c sum_i cos(f_i, t_c)^2) and, as released, the sum of all gradients so far. W starts at
+    the class sums, alpha at 250 times the mean cosine of an image to its text, b (random in the authors' code) at 0.
 
     Args:
         features: of the probe, `clip`, `aux` or `clip+aux`; the text term always uses CLIP's cosine.
-        iterations: steps of the full batch; the weights with the best accuracy on `task.val` are kept, the latest of
-            equals, or the last ones without validation images.
+        iterations: the weights with the best accuracy on `task.val` are kept, the latest of equals, or the last ones.
 
     Source: LP++ (arXiv 2404.02285), eq. 4-13; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline.
     """

@@ -34,9 +34,7 @@ class MAdapter(Predictor):
 
     Args:
         features: of the images' keys; captions need CLIP's own space and always use it.
-        sharpness, gamma: of the cache, and the weight of the divergences relative to it.
-        delta: weight of the captions in the affinity, in [0, 1].
-        temperature: of p, on cosines.
+        sharpness, gamma, delta: gamma weighs the divergences against the cache, delta in [0, 1] the captions.
 
     Source: CapS-Adapter (arXiv 2405.16591); repository WLuLi/CapS-Adapter, `madapter.py`.
     """
@@ -111,8 +109,7 @@ class TransCLIP(Predictor):
 
     z are the class probabilities, w_ij the cosine of row i to its m nearest images of the split (support images are
     rows too, with z at their labels). Eleven rounds of five updates of z, then of the means mu (unit length) and the
-    shared variance v from all images, the support's weighing 50 gamma / N each against 1 / n. The logits are log z and
-    a constant per row.
+    shared variance v from all images, the support's weighing 50 gamma / N each against 1 / n. Logits: log z + constant.
 
     Rows stand in one order, images of the split first. The released code mixes two orders in the few-shot case, which
     pairs neighbours with the wrong z; the formula is followed (`fs_rows_reordered` of the reference). As there, the
@@ -122,7 +119,6 @@ class TransCLIP(Predictor):
         features: the space of the Gaussians and the neighbours; the prior is always CLIP's `s0`.
         gamma: weight of the support; the authors choose among 0.002, 0.01, 0.02 and 0.2.
         lam: power of the prior; None is the authors' 0.5, and 1 without the support.
-        neighbours: m.
         use_support: False is the authors' zero-shot variant; its means start at each class's 8 most confident images.
 
     Source: TransCLIP (arXiv 2406.01837), eq. 5-8; repository MaxZanella/transduction-for-vlms.
