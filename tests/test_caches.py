@@ -220,3 +220,8 @@ def test_chunks_change_nothing(task, predictor, monkeypatch):
     logits = predictor.fit(task).logits(task.test)
     monkeypatch.setattr(caches, "CHUNK", 7)  # ProKeR: also single precision and one buffer
     assert authors.error(predictor.fit(task).logits(task.test), logits) < CLOSE
+
+
+def test_unknown_starts_of_a_trained_cache_are_refused(task):
+    with pytest.raises(ValueError, match="features or random, not 'warm'"):
+        predictors.TrainedCache(init="warm").fit(task)

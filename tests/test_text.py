@@ -134,3 +134,8 @@ def test_lp_plus_plus_of_unequal_classes_starts_at_class_sums(task):
     alpha = 250 * cosine[torch.arange(len(y)), y].mean()
     first = torch.nn.functional.cross_entropy(x @ sums.T + alpha * cosine, y)
     assert predictors.LPPlusPlus(iterations=1).fit(few).losses_[0].item() == pytest.approx(first.item(), rel=1e-5)
+
+
+def test_unknown_constraints_are_refused(task):
+    with pytest.raises(ValueError, match=r"l2-balanced.*'l1'"):
+        predictors.TextProbe(constraint="l1").fit(task)

@@ -224,20 +224,11 @@ class CrossModal(Predictor):
             if accuracy > best_accuracy:
                 best, best_accuracy = weight[0].clone(), accuracy
 
+        watched = () if task.val is None else range(1, self.iterations + 1, self.evaluate_every)
+        data = x[None], torch.zeros(1, len(x), classes), y, task.text[None], rows  # each step an epoch of one batch
+        adamw = {"lr": self.lr, "weight_decay": self.weight_decay, "eps": 1e-8, "rates": self.rates()}
         trained = training.train_heads(
-            x[None],
-            torch.zeros(1, len(x), classes),
-            y,
-            task.text[None],
-            rows.view(1, 1, -1),
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            lam=0.0,
-            batch_size=rows.shape[1],
-            eps=1e-8,
-            rates=self.rates(),
-            watched=() if task.val is None else range(1, self.iterations + 1, self.evaluate_every),
-            watch=evaluate,
+            *data, **adamw, lam=0.0, batch_size=rows.shape[1], watched=watched, watch=evaluate
         )
         self.losses_ = trained.losses[0, :, 2]
         weight = trained.weight[0] if best is None else best
