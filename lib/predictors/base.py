@@ -5,10 +5,12 @@ learns from `task.support` (and `task.val` where a docstring says so), forgets e
 in attributes that end in `_`.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -29,7 +31,7 @@ class Predictor:
     equal_shots: ClassVar[bool] = False  # the formula needs as many support images in one class as in another
     per_batch: ClassVar[bool] = False  # a row's logits depend on the other rows of the split
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> Predictor:
         raise NotImplementedError
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
@@ -52,11 +54,11 @@ class Predictor:
             raise ValueError(f"{name} needs the same number of support images in each class, but {few} and {many}")
 
     @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Self]:
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[Predictor]:
         """One fitted predictor for each set of hyper-parameters."""
         return [cls(**setting).fit(task) for setting in settings]
 
-    def with_params(self, **params: object) -> Self:
+    def with_params(self, **params: object) -> Predictor:
         """Copy with other values of hyper-parameters that act after the fit; fitted attributes are shared."""
         other = copy.copy(self)
         vars(other).update(params)
@@ -87,7 +89,7 @@ class NoPredictor(Predictor):
 
     features: str = "clip"
 
-    def fit(self, task: FewShotTask) -> Self:
+    def fit(self, task: FewShotTask) -> NoPredictor:
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
