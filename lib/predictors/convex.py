@@ -2,8 +2,8 @@
 
     mean_i [(1 - lam) CE(a_i, y_i) + lam CE(s0_i + u_i a_i, y_i)] + penalty / 2 ||W||^2,    a = W x + b
 
-The best W is a combination of the support's rows. Where these are few (n < D), X^T = Q R gives W = V Q^T and X W^T = R^T V^T:
-V has n columns in place of D. Logits are linear along a direction, so that a line search costs no matrix product.
+The best W is a combination of the support's rows. Where these are few (n < D), X^T = Q R gives W = V Q^T and
+X W^T = R^T V^T: V has n columns in place of D. Logits are linear along a direction: a line search needs no product.
 """
 
 from __future__ import annotations
