@@ -103,16 +103,20 @@ def row_orders(task: FewShotTask, epochs: int) -> Int64[Tensor, "epochs n"]:
 
 def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor, "C D"]:
     """Start of a linear head: `mean` (class means), `zero`, `random` (see `random_weight`) or `text`."""
-    x, num_classes = task.support.features(features), task.num_classes
-    if init == "text" and features == "clip":
-        return task.text.clone()
-    if init == "text":
+    if init == "text" and features != "clip":
         raise ValueError(f"only clip features share a space with the texts; init 'text' cannot start on {features!r}")
-    if init not in ("mean", "zero", "random"):
-        raise ValueError(f"init is one of mean, zero, random, text, not {init!r}")
-    if init == "mean":
-        return metrics.class_means(x, task.support.y, num_classes)
-    return torch.zeros(num_classes, x.shape[1]) if init == "zero" else random_weight(task, (num_classes, x.shape[1]))
+    if init == "text" and task.text is None:
+        raise ValueError(f"init 'text' needs class texts, but {task.name} has no text features")
+    x = task.support.features(features)
+    starts = {
+        "mean": lambda: metrics.class_means(x, task.support.y, task.num_classes),
+        "zero": lambda: torch.zeros(task.num_classes, x.shape[1]),
+        "random": lambda: random_weight(task, (task.num_classes, x.shape[1])),
+        "text": lambda: task.text.clone(),
+    }
+    if init not in starts:
+        raise ValueError(f"init is one of {', '.join(starts)}, not {init!r}")
+    return starts[init]()
 
 
 def random_weight(task: FewShotTask, shape: Sequence[int]) -> Float[Tensor, "m D"]:

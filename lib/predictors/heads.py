@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -33,6 +34,7 @@ class TwoBranchHead(Predictor):
         beta, confidence, rho, on, constant: of the loss, whatever the fusion of a method is; see `fusion.uncertain`.
     """
 
+    standardised: ClassVar[bool] = False  # a z-score is not convex; a trained head may have it
     lam: float = 0.5
     beta: float = 1.0
     confidence: str = "kurtosis"
@@ -46,6 +48,15 @@ class TwoBranchHead(Predictor):
     def u(self, split: Split) -> Float[Tensor, " n"]:
         """`u(s0)` of each image in the loss."""
         return fusion.uncertainty(split.zero_shot, self.confidence, self.rho, self.on, self.constant)
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        return self.branches(split, self.weight_)[0]
+
+    def branches(self, split: Split, weight: Float[Tensor, "C D"]) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
+        """Logits of the auxiliary and of the fused branch of the loss under any weights, an epoch's for instance."""
+        bias = split.features(self.features) @ weight.T
+        bias = fusion.standardise(bias) if self.standardised else bias
+        return bias, split.zero_shot + self.beta * self.u(split)[:, None] * bias
 
 
 @dataclass(eq=False)
@@ -88,15 +99,6 @@ class MultiBranchHead(TwoBranchHead):
         for group in group_settings(heads, PER_HEAD):
             cls._fit_group(task, group)
         return heads
-
-    def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        return self.branches(split, self.weight_)[0]
-
-    def branches(self, split: Split, weight: Float[Tensor, "C D"]) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n C"]]:
-        """Logits of the auxiliary and of the fused branch of the loss under any weights, an epoch's for instance."""
-        bias = split.features(self.features) @ weight.T
-        bias = fusion.standardise(bias) if self.standardised else bias
-        return bias, split.zero_shot + self.beta * self.u(split)[:, None] * bias
 
     def accuracy(self, split: Split, weight: Float[Tensor, "C D"]) -> float:
         """Accuracy of the fused branch in [0, 1] under the given weights."""
@@ -172,9 +174,6 @@ class ConvexHead(TwoBranchHead):
         for path in group_settings(heads, ("penalty",)):
             cls._fit_path(task, path)
         return heads
-
-    def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        return split.features(self.features) @ self.weight_.T
 
     @classmethod
     def _fit_path(cls, task: FewShotTask, heads: Sequence[ConvexHead]) -> None:
