@@ -212,7 +212,6 @@ def test_views_of_the_support_enter_where_authors_use_them(make_arrays):
         (predictors.MultiBranchHead(init="warm"), "mean, zero, random, text, not 'warm'"),
         (methods.PREDICTORS["trained_cache"](init="warm"), "features or random, not 'warm'"),
         (predictors.TextProbe(constraint="l1"), "l2-balanced.*'l1'"),
-        (methods.PREDICTORS["similar_caches"](norm="max"), "linear.*'max'"),
     ],
 )
 def test_unknown_words_are_refused(predictor, words, make_task):
