@@ -1,8 +1,7 @@
 """The contract of logit predictors: features in, bias logits out.
 
-A predictor is a dataclass whose fields are its hyper-parameters; nothing writes to them after construction. `fit`
-learns from `task.support` (and `task.val` where a docstring says so), forgets earlier fits, and leaves what it fitted
-in attributes that end in `_`.
+A predictor is a dataclass whose fields are its hyper-parameters; nothing writes to them after construction. `fit` learns
+from `task.support` (from `task.val` where it says so), forgets earlier fits, and writes attributes that end in `_`.
 """
 
 from __future__ import annotations
@@ -103,20 +102,16 @@ def row_orders(task: FewShotTask, epochs: int) -> Int64[Tensor, "epochs n"]:
 
 def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor, "C D"]:
     """Start of a linear head: `mean` (class means), `zero`, `random` (see `random_weight`) or `text`."""
-    if init == "text" and features != "clip":
-        raise ValueError(f"only clip features share a space with the texts; init 'text' cannot start on {features!r}")
-    if init == "text" and task.text is None:
-        raise ValueError(f"init 'text' needs class texts, but {task.name} has no text features")
-    x = task.support.features(features)
-    starts = {
-        "mean": lambda: metrics.class_means(x, task.support.y, task.num_classes),
-        "zero": lambda: torch.zeros(task.num_classes, x.shape[1]),
-        "random": lambda: random_weight(task, (task.num_classes, x.shape[1])),
-        "text": lambda: task.text.clone(),
-    }
-    if init not in starts:
-        raise ValueError(f"init is one of {', '.join(starts)}, not {init!r}")
-    return starts[init]()
+    x, num_classes = task.support.features(features), task.num_classes
+    if init == "text" and (features != "clip" or task.text is None):
+        raise ValueError(f"init 'text' needs class texts and clip features, which share a space, not {features!r}")
+    if init not in ("mean", "zero", "random", "text"):
+        raise ValueError(f"init is one of mean, zero, random, text, not {init!r}")
+    if init == "mean":
+        return metrics.class_means(x, task.support.y, num_classes)
+    if init == "random":
+        return random_weight(task, (num_classes, x.shape[1]))
+    return task.text.clone() if init == "text" else torch.zeros(num_classes, x.shape[1])
 
 
 def random_weight(task: FewShotTask, shape: Sequence[int]) -> Float[Tensor, "m D"]:

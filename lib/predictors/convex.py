@@ -22,20 +22,13 @@ Pair = tuple[Tensor, Tensor]  # a step and the change of the gradient along it
 
 @dataclass(frozen=True)
 class Convex:
-    """Linear heads at the optimum of a convex loss, one for each penalty, in the order the penalties were given.
-
-    Attributes:
-        intercept: 0 where none was asked for.
-        losses: value reached, penalty included.
-        gradient_norms: the certificate: norm of the gradient reached, relative to the one at zero weights.
-        evaluations: number of gradients computed.
-    """
+    """Linear heads at the optimum of a convex loss, one for each penalty, in the order the penalties were given."""
 
     weight: Float[Tensor, "P C D"]
-    intercept: Float[Tensor, "P C"]
-    losses: Float[Tensor, " P"]
-    gradient_norms: Float[Tensor, " P"]
-    evaluations: Int64[Tensor, " P"]
+    intercept: Float[Tensor, "P C"]  # 0 where none was asked for
+    losses: Float[Tensor, " P"]  # value reached, penalty included
+    gradient_norms: Float[Tensor, " P"]  # the certificate: norm of the gradient, relative to the one at zero weights
+    evaluations: Int64[Tensor, " P"]  # gradients computed
 
 
 def solve_path(
@@ -60,9 +53,6 @@ def solve_path(
         intercept: also learn b, which is not penalised.
         tolerance: norm of the gradient to stop at, relative to the one at zero weights.
         max_evaluations: stop there in any case, for each penalty.
-
-    Raises:
-        ValueError: a penalty is not above 0.
     """
     if min(penalties) <= 0:
         raise ValueError(f"penalties must be above 0, not {min(penalties)}")
@@ -88,8 +78,10 @@ def solve_path(
         return value, gradient
 
     norm_at_zero = (rows.T @ loss(x.new_zeros(n, classes))[1]).norm().item()
-    ridge, solutions, past, pairs = x.new_zeros(rows.shape[1], 1), {}, [], []
-    point, logits = x.new_zeros(rows.shape[1], classes), x.new_zeros(n, classes)
+    ridge, point, logits = (
+        x.new_zeros(shape) for shape in ((rows.shape[1], 1), (rows.shape[1], classes), (n, classes))
+    )
+    solutions, past, pairs = {}, [], []
     for i in sorted(range(len(penalties)), key=lambda i: -penalties[i]):
         at, change = math.log(penalties[i]), penalties[i] - ridge[0].item()
         if len(past) == 2 and past[0][0] > past[1][0]:
@@ -97,11 +89,10 @@ def solve_path(
             point, logits = (torch.lerp(*ends, ahead) for ends in zip(past[0][1:], past[1][1:], strict=True))
         ridge[:width] = penalties[i]
         pairs = [(s, d + change * (ridge > 0) * s) for s, d in pairs]  # curvature under the new penalty
-        point, logits, value, norm, evaluations = _descend(
-            loss, rows, ridge, point, logits, pairs, tolerance * norm_at_zero, max_evaluations
-        )
+        target = tolerance * norm_at_zero
+        point, logits, *reached = _descend(loss, rows, ridge, point, logits, pairs, target, max_evaluations)
         past = [*past[-1:], (at, point, logits)]
-        solutions[i] = (point, value, norm / norm_at_zero if norm_at_zero else 0.0, evaluations)
+        solutions[i] = (point, *reached)
     points, losses, norms, evaluations = zip(*(solutions[i] for i in range(len(penalties))), strict=True)
     points = torch.stack(points)
     weight = points[:, :width].mT
@@ -109,27 +100,27 @@ def solve_path(
         weight=weight.contiguous() if basis is None else weight @ basis.T,
         intercept=points[:, -1] if intercept else points.new_zeros(len(points), classes),
         losses=torch.tensor(losses),
-        gradient_norms=torch.tensor(norms),
+        gradient_norms=torch.tensor(norms) / (norm_at_zero or 1.0),
         evaluations=torch.tensor(evaluations),
     )
 
 
 def _descend(
-    loss: Callable[[Tensor], tuple[float, Tensor]],
-    rows: Float[Tensor, "n d"],
-    ridge: Float[Tensor, "d 1"],
-    point: Float[Tensor, "d C"],
-    logits: Float[Tensor, "n C"],
+    loss: Callable,
+    rows: Tensor,
+    ridge: Tensor,
+    point: Tensor,
+    logits: Tensor,
     pairs: list[Pair],
     target: float,
-    max_evaluations: int,
+    most: int,
 ) -> tuple[Tensor, Tensor, float, float, int]:
-    """L-BFGS from a point with its logits; point, logits, loss, norm of the gradient, gradients. Updates `pairs`."""
+    """L-BFGS from a point [d, C] with its logits; point, logits, loss, norm of the gradient, gradients computed."""
     value, by_logits = loss(logits)
     gradient = rows.T @ by_logits + ridge * point
-    for evaluations in range(1, max_evaluations + 1):
+    for evaluations in range(1, most + 1):
         norm = gradient.norm().item()
-        if norm <= target or evaluations == max_evaluations:
+        if norm <= target or evaluations == most:
             break
         direction = _quasi_newton(gradient, pairs)
         step = _search(loss, rows, ridge, point, logits, value, gradient, direction)

@@ -1,7 +1,4 @@
-"""Heads on features: AMU-Tuning's linear head, trained or solved, a perceptron, logistic regression, GDA.
-
-What is solved has no data order, learning rate or seed: its result is a closed form or the one optimum of a loss.
-"""
+"""Heads on features: AMU-Tuning's linear head, trained or solved, a perceptron, logistic regression, GDA."""
 
 from __future__ import annotations
 
@@ -61,9 +58,7 @@ class TwoBranchHead(Predictor):
 
 @dataclass(eq=False)
 class MultiBranchHead(TwoBranchHead):
-    """AMU-Tuning's linear head `W g`, trained on an auxiliary and a fused branch.
-
-        loss = (1 - lam) CE(a, y) + lam CE(s0 + beta u(s0) a, y),    a = W g or its z-score
+    """AMU-Tuning's linear head, trained: a = W g or its z-score.
 
     Args:
         init: start of W: `mean` (class means), `zero`, `random` (PyTorch's linear layer), or `text` (class texts; for
@@ -100,10 +95,6 @@ class MultiBranchHead(TwoBranchHead):
             cls._fit_group(task, group)
         return heads
 
-    def accuracy(self, split: Split, weight: Float[Tensor, "C D"]) -> float:
-        """Accuracy of the fused branch in [0, 1] under the given weights."""
-        return metrics.accuracy(self.branches(split, weight)[1], split.y)
-
     @classmethod
     def _fit_group(cls, task: FewShotTask, heads: Sequence[MultiBranchHead], orders: Orders = None) -> None:
         for head in heads:
@@ -120,7 +111,7 @@ class MultiBranchHead(TwoBranchHead):
                 if head.keep_epochs:
                     head.epoch_weights_.append(weight.clone())
                 if head.select_epoch and task.val is not None:
-                    accuracy = head.accuracy(task.val, weight)
+                    accuracy = metrics.accuracy(head.branches(task.val, weight)[1], task.val.y)
                     if accuracy > best.get(head, (-1.0, None))[0]:
                         best[head] = (accuracy, weight.clone())
 
@@ -155,14 +146,10 @@ class ConvexHead(TwoBranchHead):
 
     The penalty does what 50 epochs from the class means do in the paper: it keeps W small. No order, no rate, no seed.
 
-    Args:
-        penalty: above 0.
-        tolerance: norm of the gradient to stop at, relative to the one at W = 0; `gradient_norm_` is what was reached,
-            after `evaluations_` gradients.
     """
 
-    penalty: float = 1e-3
-    tolerance: float = 1e-3
+    penalty: float = 1e-3  # above 0
+    tolerance: float = 1e-3  # `gradient_norm_` to stop at, relative to the one at W = 0
 
     def fit(self, task: FewShotTask) -> ConvexHead:
         self._fit_path(task, [self])
@@ -179,15 +166,9 @@ class ConvexHead(TwoBranchHead):
     def _fit_path(cls, task: FewShotTask, heads: Sequence[ConvexHead]) -> None:
         (first, *_), support = heads, task.support
         first.check(task)
-        solved = convex.solve_path(
-            support.features(first.features),
-            support.zero_shot,
-            support.y,
-            [head.penalty for head in heads],
-            lam=first.lam,
-            u=first.beta * first.u(support),
-            tolerance=first.tolerance,
-        )
+        x, u, penalties = support.features(first.features), first.beta * first.u(support), [h.penalty for h in heads]
+        settings = {"lam": first.lam, "u": u, "tolerance": first.tolerance}
+        solved = convex.solve_path(x, support.zero_shot, support.y, penalties, **settings)
         for i, head in enumerate(heads):
             head.weight_, head.gradient_norm_ = solved.weight[i], solved.gradient_norms[i].item()
             head.evaluations_ = solved.evaluations[i].item()
@@ -199,15 +180,11 @@ class LinearProbe(Predictor):
 
         loss = sum_i CE(W x_i + b, y_i) + ||W||^2 / (2 inverse_penalty)
 
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
-        inverse_penalty: scikit-learn's `C`, the inverse of the L2 penalty, above 0.
-
     Source: the linear probe of CLIP (Radford et al., 2021); agrees with scikit-learn's, see the tests.
     """
 
     features: str = "clip"
-    inverse_penalty: float = 10.0
+    inverse_penalty: float = 10.0  # scikit-learn's `C`, above 0
 
     def fit(self, task: FewShotTask) -> LinearProbe:
         self._fit_path(task, [self])
@@ -239,19 +216,13 @@ class MLP(Predictor):
 
         a = W2 relu(W1 g + b1) + b2,    loss = (1 - lam) CE(a, y) + lam CE(s0 + beta a, y)
 
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
-        hidden: width of the hidden layer as a fraction of the feature dimension.
-        lam, beta: of the loss; lam = 0 needs no class texts.
-        lr, weight_decay, epochs, batch_size: of AdamW (eps 1e-4) with a cosine per step.
-
     Source: the comparison of predictors in AMU-Tuning (table 6), which gives no width; a quarter is CLIP-Adapter's.
     """
 
-    hidden: float = 0.25
-    lam: float = 0.5
+    hidden: float = 0.25  # width of the hidden layer as a fraction of the feature dimension
+    lam: float = 0.5  # 0 needs no class texts
     beta: float = 1.0
-    lr: float = 1e-3
+    lr: float = 1e-3  # of AdamW (eps 1e-4) with a cosine per step, as what follows
     weight_decay: float = 0.01
     epochs: int = 50
     batch_size: int = 32
@@ -300,9 +271,6 @@ class GDA(Predictor):
     the scatter, as in the authors' code. With one image per class the scatter is 0, P has no finite value and the
     identity takes its place. The prior is 1 / C whatever the number of images of a class. Augmented views, where a
     task has them, count as more images.
-
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
 
     Source: "A hard-to-beat baseline for training-free CLIP-based adaptation" (arXiv 2402.04087), eq. 6-8;
         repository mrflogs/ICLR24, `main_few_shots.py`.

@@ -1,12 +1,8 @@
 """Training: B linear heads at once, and a plain loop for whatever else is learned by gradient.
 
-A head gives bias logits `a = W g`, optionally as the z-score of each row. With zero-shot logits `s0` and the weight
-`u` of each image, its loss has two branches (AMU-Tuning, eq. 8-9):
+    loss = (1 - lam) CE(a, y) + lam CE(s0 + beta u a, y),    a = W g or its z-score    (AMU-Tuning, eq. 8-9)
 
-    loss = (1 - lam) CE(a, y) + lam CE(s0 + beta u a, y)
-
-lam = 0 trains the auxiliary classifier alone, lam = 1 the fused one alone. Heads differ in start, lam, beta and u; they
-share all else, so that one matrix product serves all of them.
+Heads differ in start, lam, beta and u; they share all else, so that one matrix product serves all of them.
 """
 
 from __future__ import annotations
@@ -24,14 +20,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Heads:
-    """B trained linear heads.
-
-    Attributes:
-        losses: per step the whole loss, the fused branch and the auxiliary branch (mean over the batch).
-    """
+    """B trained linear heads."""
 
     weight: Float[Tensor, "B C D"]
-    losses: Float[Tensor, "B T 3"]
+    losses: Float[Tensor, "B T 3"]  # of each step, mean over the batch: whole loss, fused branch, auxiliary branch
 
 
 def in_threads(work: Callable, items: Sequence) -> list:
@@ -87,13 +79,10 @@ def train_heads(
     watched: Container[int] = (),
     watch: Callable[[slice, Float[Tensor, "b C D"]], None] | None = None,
 ) -> Heads:
-    """Train B heads side by side with AdamW; the last, smaller batch of an epoch is kept.
-
-    As many groups of heads as torch may use threads are trained side by side; results do not depend on the groups.
+    """Train B heads with AdamW, a group of them on each of torch's threads; the last, smaller batch is kept.
 
     Args:
         x: unit rows of the support; V > 1 holds augmented views of the same images.
-        zero_shot: `s0` of the same rows.
         weight: start of each head.
         orders: rows in the order of training, epoch by epoch; an epoch need not hold each row once.
         lam, beta: one number, or one per head.
@@ -103,9 +92,6 @@ def train_heads(
         rates: what `lr` is multiplied by at each step; a cosine from 1 if absent.
         watched: steps, counted from 1, after which `watch` gets the slice of the heads in a group and their current
             weights (a live buffer).
-
-    Raises:
-        ValueError: lam or beta has another length than the number of heads.
     """
     heads, steps = len(weight), len(orders) * math.ceil(orders.shape[1] / batch_size)
     for name, value in (("lam", lam), ("beta", beta)):
@@ -125,10 +111,8 @@ def train_heads(
         optimiser = torch.optim.AdamW([columns], weight_decay=weight_decay, eps=eps, fused=True)
         for step, (batch, rate) in enumerate(zip(batches, scales.tolist(), strict=True)):
             seen = rows[batch].expand(len(columns), -1, -1)
-            losses, gradient = _branches(
-                seen @ columns, scores[batch], k[group, batch], y[batch % len(y)], lams[group], standardised
-            )
-            trained.losses[group, step] = losses
+            constants = scores[batch], k[group, batch], y[batch % len(y)], lams[group]
+            trained.losses[group, step], gradient = _branches(seen @ columns, *constants, standardised)
             torch.bmm(seen.mT, gradient, out=columns.grad)
             optimiser.param_groups[0]["lr"] = rate
             optimiser.step()
@@ -142,19 +126,13 @@ def train_heads(
 
 
 def _branches(
-    a: Float[Tensor, "b m C"],
-    s0: Float[Tensor, "m C"],
-    k: Float[Tensor, "b m 1"],
-    y: Int64[Tensor, " m"],
-    lam: Float[Tensor, "b 1 1"],
-    standardised: bool,
+    a: Float[Tensor, "b m C"], s0: Float[Tensor, "m C"], k: Tensor, y: Tensor, lam: Tensor, standardised: bool
 ) -> tuple[Float[Tensor, "b 3"], Float[Tensor, "b m C"]]:
-    """Losses (whole, fused, auxiliary) and the gradient by the bias logits a. With p = softmax(a) and
-    q = softmax(s0 + k a), k = beta u, per image of a batch of m,
+    """Losses and their gradient by the bias logits a. With p = softmax(a), q = softmax(s0 + k a), k = beta u,
 
         d loss / d a = ((1 - lam) (p - Y) + lam k (q - Y)) / m
 
-    and through a z-score z = (a - mean) / std with C - 1 in the variance, g = d loss / d z,
+    and through the z-score z = (a - mean) / std, C - 1 in the variance, g = d loss / d z,
 
         d loss / d a = (g - mean(g) - z sum(g z) / (C - 1)) / std
     """
@@ -183,12 +161,9 @@ def minimise(
     *,
     drop_last: bool = False,
 ) -> Float[Tensor, " T"]:
-    """Minimise `loss(rows of the batch)` over the optimiser's parameters, by autograd; the loss of each step.
+    """Minimise `loss(rows of the batch)` by autograd, with the learning rate of each step; the loss of each step.
 
-    Args:
-        orders: the rows of each epoch in the order of training.
-        rates: the learning rate of each step.
-        drop_last: leave out the smaller batch at the end of an epoch.
+    `drop_last` leaves out the smaller batch at the end of an epoch.
     """
     end = orders.shape[1] - orders.shape[1] % batch_size if drop_last else orders.shape[1]
     batches = [batch for epoch in orders for batch in epoch[:end].split(batch_size)]
