@@ -1,6 +1,6 @@
 """Logit predictors: features in, bias logits out."""
 
-from lib.predictors.base import NoPredictor, Predictor, initial_weight
+from lib.predictors.base import NoPredictor, Predictor, hyper_parameters, initial_weight
 from lib.predictors.caches import APE, Cache, ProKeR, SimilarCaches, TrainedCache
 from lib.predictors.heads import GDA, MLP, ConvexHead, LinearProbe, MultiBranchHead
 from lib.predictors.text import CLIPAdapter, CrossModal, LPPlusPlus, TaskRes, TextProbe
@@ -8,15 +8,15 @@ from lib.predictors.transductive import MAdapter, TransCLIP
 
 __all__ = [
     "APE",
+    "GDA",
+    "MLP",
     "CLIPAdapter",
     "Cache",
     "ConvexHead",
     "CrossModal",
-    "GDA",
     "LPPlusPlus",
     "LinearProbe",
     "MAdapter",
-    "MLP",
     "MultiBranchHead",
     "NoPredictor",
     "Predictor",
@@ -26,5 +26,6 @@ __all__ = [
     "TextProbe",
     "TrainedCache",
     "TransCLIP",
+    "hyper_parameters",
     "initial_weight",
 ]
