@@ -19,22 +19,22 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 
-def correct(
-    logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"], classes: Int64[Tensor, " c"] | None = None
-) -> Bool[Tensor, " n"]:
-    """Boolean mask of correct predictions.
-
-    Args:
-        y: class index; -1 for an image of none of the classes, which no prediction meets.
-        classes: the classes a prediction may be; None for all.
+def predictions(logits: Float[Tensor, "n C"], classes: Int64[Tensor, " c"] | None = None) -> Int64[Tensor, " n"]:
+    """Class with the largest logit of each row, among `classes` only where they are given.
 
     Raises:
         ValueError: a row holds NaN (argmax would predict that class).
     """
     if torch.isnan(logits).any():
         raise ValueError(f"{int(torch.isnan(logits).any(dim=1).sum())} of {len(logits)} rows of logits hold NaN")
-    predicted = logits.argmax(dim=1) if classes is None else classes[logits[:, classes].argmax(dim=1)]
-    return predicted == y
+    return logits.argmax(dim=1) if classes is None else classes[logits[:, classes].argmax(dim=1)]
+
+
+def correct(
+    logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"], classes: Int64[Tensor, " c"] | None = None
+) -> Bool[Tensor, " n"]:
+    """Boolean mask of correct predictions; False where y is -1, an image of none of the classes."""
+    return predictions(logits, classes) == y
 
 
 def accuracy(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"], classes: Int64[Tensor, " c"] | None = None) -> float:
