@@ -298,6 +298,8 @@ def accuracy_over_beta(
         return [accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
     first, last = (predictions(rule(zero_shot, bias, beta=end), classes) for end in (min(betas), max(betas)))
     settled, rows = int(((first == last) & (first == y)).sum()), (first != last) & (y >= 0)
+    if not rows.any():
+        return [settled / labelled] * len(betas)
     s0, b, y = zero_shot[rows], bias[rows], y[rows]
     return [(settled + int(correct(rule(s0, b, beta=beta), y, classes).sum())) / labelled for beta in betas]
 

@@ -104,7 +104,7 @@ def error_auroc_interval(
 def quantile_groups(values: Float[Tensor, " n"], groups: int) -> Int64[Tensor, " n"]:
     """Which of `groups` equally large parts each row falls in, 0 for the lowest values; ties by row."""
     rank = pd.Series(values.numpy()).rank(method="first")
-    return torch.from_numpy(pd.qcut(rank, groups, labels=False).to_numpy(dtype=np.int64))
+    return torch.tensor(pd.qcut(rank, groups, labels=False).to_numpy(), dtype=torch.int64)
 
 
 def image_complementarity(
