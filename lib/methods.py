@@ -74,8 +74,7 @@ def steps(start: float, stop: float, count: int, published: float) -> tuple[floa
 
 
 # The paper gives no beta. Class-mean heads on unit features spread their logits by 0.1 to 0.2 over the classes and
-# 1/kappa is near 0.6, so a beta of 5 adds about what the code's 0.5 adds to z-scored logits.
-AMU_BETAS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+# 1/kappa is near 0.6, so a beta of 5 (`amu`) adds about what the code's 0.5 adds to z-scored logits.
 # fmt: off
 AMU_CODE = {"standardised": True, "on": "probabilities", "confidence": "none", "constant": fusion.CODE_CONSTANT,
             "lam": 0.35, "beta": 0.5, "select_epoch": True}
@@ -83,60 +82,44 @@ TIP = {"source": "arXiv 2111.03930; repository gaopengcuhk/Tip-Adapter, imagenet
        "post_grid": {"sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 3.0, 20, 1.17)}}
 METHODS: dict[str, Entry] = {
     "zero_shot": Entry("Zero-shot CLIP", predictors.NoPredictor, fusion.additive, "Radford et al., 2021"),
-    "linear_probe": Entry(
-        "Linear probe", predictors.LinearProbe, fusion.replace, "Radford et al., 2021",
+    "linear_probe": Entry("Linear probe", predictors.LinearProbe, fusion.replace, "Radford et al., 2021",
         fit_grid={"inverse_penalty": (0.1, 1.0, 10.0, 100.0, 1000.0)}),
-    "clip_adapter": Entry(
-        "CLIP-Adapter", predictors.CLIPAdapter, fusion.replace, "arXiv 2110.04544; repository gaopengcuhk/CLIP-Adapter",
-        fit_grid={"ratio": (0.2, 0.6)}),
+    "clip_adapter": Entry("CLIP-Adapter", predictors.CLIPAdapter, fusion.replace,
+        "arXiv 2110.04544; repository gaopengcuhk/CLIP-Adapter", fit_grid={"ratio": (0.2, 0.6)}),
     "tip_adapter": Entry("Tip-Adapter", predictors.Cache, fusion.additive, **TIP),
     "tip_adapter_f": Entry("Tip-Adapter-F", predictors.TrainedCache, fusion.additive, **TIP),
-    "cafo": Entry(
-        "CaFo", predictors.SimilarCaches, fusion.additive,
+    "cafo": Entry("CaFo", predictors.SimilarCaches, fusion.additive,
         "arXiv 2303.02151; repository OpenGVLab/CaFo, caltech101/16shot.yaml", defaults={"beta": 1.3},
         post_grid={"sharpness": steps(0.1, 12.0, 200, 1.0), "beta": steps(0.1, 5.0, 20, 1.3)}),
     "taskres": Entry("TaskRes", predictors.TaskRes, fusion.replace, "arXiv 2211.10277; repository geekyutao/TaskRes"),
     "text_probe": Entry("Text-initialised probe", predictors.TextProbe, fusion.replace, "arXiv 2312.12730, its ZS-LP"),
-    "cross_modal": Entry(
-        "Cross-modal probe", predictors.CrossModal, fusion.replace,
+    "cross_modal": Entry("Cross-modal probe", predictors.CrossModal, fusion.replace,
         "arXiv 2301.06267; repository linzhiqiu/cross_modal_adaptation"),
-    "gda": Entry(
-        "GDA", predictors.GDA, fusion.additive, "arXiv 2402.04087; repository mrflogs/ICLR24", defaults={"beta": 0.1},
-        post_grid={"beta": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
-    "ape": Entry(
-        "APE", predictors.APE, fusion.additive, "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
-        post_grid={"gamma": steps(0.0, 1.0, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0),
-                   "beta": steps(0.1, 7.0, 20, 1.0)}),
-    "lp_plus_plus": Entry(
-        "LP++", predictors.LPPlusPlus, fusion.replace,
+    "gda": Entry("GDA", predictors.GDA, fusion.additive, "arXiv 2402.04087; repository mrflogs/ICLR24",
+        defaults={"beta": 0.1}, post_grid={"beta": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
+    "ape": Entry("APE", predictors.APE, fusion.additive,
+        "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml", post_grid={"gamma": steps(0.0, 1.0, 5, 0.1),
+            "sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 7.0, 20, 1.0)}),
+    "lp_plus_plus": Entry("LP++", predictors.LPPlusPlus, fusion.replace,
         "arXiv 2404.02285; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline"),
-    "clap": Entry(
-        "CLAP", predictors.TextProbe, fusion.replace, "arXiv 2312.12730; repository jusiro/CLAP",
+    "clap": Entry("CLAP", predictors.TextProbe, fusion.replace, "arXiv 2312.12730; repository jusiro/CLAP",
         defaults={"constraint": "l2"}),
-    "proker": Entry(
-        "ProKeR", predictors.ProKeR, fusion.additive,
+    "proker": Entry("ProKeR", predictors.ProKeR, fusion.additive,
         "arXiv 2501.11175; repository ybendou/ProKeR at 035b684, whose grid has 20 values of sharpness",
         fit_grid={"sharpness": steps(0.5, 3.5, 6, 1.0), "penalty": steps(0.001, 1.11, 10, 0.1)}),
-    "m_adapter": Entry(
-        "M-Adapter", predictors.MAdapter, fusion.additive,
-        "arXiv 2405.16591; repository WLuLi/CapS-Adapter; the grid is ours",
-        post_grid={"sharpness": (1.0, 3.0, 5.5, 8.0), "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6),
-                   "beta": steps(0.1, 5.0, 20, 1.0)}),
-    "transclip": Entry(
-        "TransCLIP", predictors.TransCLIP, fusion.replace,
+    "m_adapter": Entry("M-Adapter", predictors.MAdapter, fusion.additive,
+        "arXiv 2405.16591; repository WLuLi/CapS-Adapter; the grid is ours", post_grid={"sharpness": (1.0, 3.0, 5.5, 8.0),
+            "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6), "beta": steps(0.1, 5.0, 20, 1.0)}),
+    "transclip": Entry("TransCLIP", predictors.TransCLIP, fusion.replace,
         "arXiv 2406.01837; repository MaxZanella/transduction-for-vlms", post_grid={"gamma": (0.002, 0.01, 0.02, 0.2)}),
-    "aux_only": Entry(
-        "Auxiliary only", predictors.MultiBranchHead, fusion.replace, "AMU-Tuning, table 2 (superiority)",
-        defaults={"lam": 0.0}),
-    "amu": Entry(
-        "AMU-Tuning", predictors.MultiBranchHead, fusion.uncertain, "arXiv 2404.08958, eq. 6-11",
-        defaults={"beta": 5.0}, fit_grid={"lam": (0.2, 0.5, 0.8), "beta": AMU_BETAS}),
-    "amu_convex": Entry(
-        "AMU-Tuning (convex)", predictors.ConvexHead, fusion.uncertain,
+    "aux_only": Entry("Auxiliary only", predictors.MultiBranchHead, fusion.replace,
+        "AMU-Tuning, table 2 (superiority)", defaults={"lam": 0.0}),
+    "amu": Entry("AMU-Tuning", predictors.MultiBranchHead, fusion.uncertain, "arXiv 2404.08958, eq. 6-11",
+        defaults={"beta": 5.0}, fit_grid={"lam": (0.2, 0.5, 0.8), "beta": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)}),
+    "amu_convex": Entry("AMU-Tuning (convex)", predictors.ConvexHead, fusion.uncertain,
         "arXiv 2404.08958, eq. 8-11, minimised to the optimum", defaults={"beta": 5.0},
         fit_grid={"penalty": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}),
-    "amu_code": Entry(
-        "AMU-Tuning (code)", predictors.MultiBranchHead, fusion.uncertain,
+    "amu_code": Entry("AMU-Tuning (code)", predictors.MultiBranchHead, fusion.uncertain,
         "repository TJU-sjyj/AMU-Tuning at f96f335", defaults=AMU_CODE,
         fit_grid={"lam": (0.35, 1.0), "beta": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)}),
 }
@@ -173,26 +156,19 @@ class Method:
     def fit(self, task: FewShotTask) -> Method:
         """Fit on the support and choose hyper-parameters by the protocol, from a copy without test labels.
 
-        Raises:
-            ValueError: the task lacks what the method needs: class texts, equal shots, images to choose on.
+        A task without the class texts, equal shots or validation images that this needs raises a ValueError.
         """
-        entry, tuning, shared = (
-            self.entry,
-            task.for_tuning(self.protocol),
-            dict(self.entry.defaults) | self.fixed_params,
-        )
+        entry, shared = self.entry, dict(self.entry.defaults) | self.fixed_params
         if obstacle := entry.obstacle(task, self.fixed_params):
             raise ValueError(f"{self.name}: {obstacle}")
-        fit_grid, post_grid = self._open(entry.fit_grid), self._open(entry.post_grid)
-        choices = fit_grid | post_grid
+        tuning, choices = task.for_tuning(self.protocol), ", ".join(self._open(entry.fit_grid | entry.post_grid))
         if choices and not tuning.val:
-            raise ValueError(
-                f"{self.name} chooses {', '.join(choices)} on validation images, but {task.name} has none; "
-                "take protocol='fixed' or add validation images"
-            )
+            lacking = f"{self.name} chooses {choices} on validation images, but {task.name} has none"
+            raise ValueError(f"{lacking}; take protocol='fixed' or add validation images")
+        fit_grid, post_grid = self._open(entry.fit_grid), self._open(entry.post_grid)
         betas = post_grid.pop("beta", ()) if "beta" in entry.fusion.defaults else ()
         own = _hyper_parameters(entry.predictor)
-        late = {name: value for name, value in own.items() if name not in entry.fusion.defaults}
+        late = own.keys() - entry.fusion.defaults.keys()  # a post_grid value of a shared name is the fusion's
         before, after = _settings(fit_grid), _settings(post_grid)
         fitted = entry.predictor.fit_many(tuning, [_only(own, shared, setting) for setting in before])
 
@@ -203,10 +179,10 @@ class Method:
                     yield partial(entry.fusion, **_only(entry.fusion.defaults, shared, setting, post)), bias
 
         place, beta, self.val_accuracy_ = choose(candidates(), tuning.val, betas) if choices else (0, None, None)
-        first, second = before[place // len(after)], after[place % len(after)]
+        setting, post = before[place // len(after)], after[place % len(after)]
         self.predictor_ = copy.copy(fitted[place // len(after)])
-        vars(self.predictor_).update(_only(late, second))
-        self.chosen_ = first | second | ({} if beta is None else {"beta": beta})
+        vars(self.predictor_).update(_only(late, post))
+        self.chosen_ = setting | post | ({} if beta is None else {"beta": beta})
         self.settings_ = entry.arguments() | self.fixed_params | self.chosen_
         return self
 
@@ -221,8 +197,8 @@ class Method:
 
     def _open(self, grid: Mapping[str, Sequence]) -> dict[str, Sequence]:
         """What the protocol has to choose."""
-        names = [] if self.protocol == "fixed" else [name for name in grid if name not in self.fixed_params]
-        return {name: grid[name] for name in names}
+        held = grid if self.protocol == "fixed" else self.fixed_params
+        return {name: options for name, options in grid.items() if name not in held}
 
 
 def choose(
@@ -232,39 +208,37 @@ def choose(
 
     All candidates x betas form one list in the order of the grid; of equal accuracies the middle one is taken.
 
-    Args:
-        candidates: rule and bias logits under each setting, in the order of the grid; read one after another.
-        betas: ascending values, tried with every candidate.
+    `candidates` are rule and bias logits under each setting, in the order of the grid, read one after another; `betas`
+    ascend and are tried with every candidate.
     """
-    classes = _classes(val)
-    table = [
-        fusion.accuracy_over_beta(rule, val.zero_shot, bias, val.y, betas, classes)
+    on, classes = val.zero_shot, _classes(val)
+    scores = [
+        fusion.accuracy_over_beta(rule, on, bias, val.y, betas, classes)
         if betas
-        else [metrics.accuracy(rule(val.zero_shot, bias), val.y, classes)]
+        else [metrics.accuracy(rule(on, bias), val.y, classes)]
         for rule, bias in candidates
     ]
-    scores = torch.tensor(table, dtype=torch.float64)
-    if scores.isnan().any():
+    table = torch.tensor(scores, dtype=torch.float64)
+    if table.isnan().any():
         raise ValueError(f"nothing can be chosen on {len(val)} images of which none has a class of the task")
-    best = int(metrics.middle_of_best(scores.flatten()))
-    index, place = divmod(best, scores.shape[1])
-    return index, betas[place] if betas else None, scores[index, place].item()
+    index, place = divmod(int(metrics.middle_of_best(table.flatten())), table.shape[1])
+    return index, betas[place] if betas else None, scores[index][place]
 
 
 def build(name: str, protocol: str = "val", **fixed_params: object) -> Method:
-    """A method by name.
+    """A method by name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.FUSIONS`.
 
-    Args:
-        name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.FUSIONS`.
-        protocol: `val`, `fixed` or `oracle`.
-        fixed_params: hyper-parameters held at a value; they are not chosen.
-
-    Raises:
-        ValueError: an unknown name, protocol or hyper-parameter.
+    `fixed_params` hold hyper-parameters at a value, which are then not chosen. Unknown names raise a ValueError.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
-    entry = _entry(name)
+    predictor, slash, rule = name.partition("/")
+    parts = ((predictor, PREDICTORS, "predictor"), (rule, fusion.FUSIONS, "fusion"))
+    for part, names, what in parts if slash else ((name, METHODS, "method"),):
+        if part not in names:
+            raise ValueError(f"no {what} {part!r}; {nearest(part, names)}")
+    grid = {"beta": ANY_BETA} if slash and "beta" in fusion.FUSIONS[rule].defaults else {}
+    entry = Entry(name, PREDICTORS[predictor], fusion.FUSIONS[rule], "ours", post_grid=grid) if slash else METHODS[name]
     for key in fixed_params:
         if key not in entry.arguments():
             raise ValueError(f"{name} has no hyper-parameter {key!r}; {nearest(key, entry.arguments())}")
@@ -281,14 +255,9 @@ def compare(
 ) -> pd.DataFrame:
     """Every contestant fitted on every task and tested on its test images; small tasks run side by side on threads.
 
-    Args:
-        contestants: label -> (name of a method, hyper-parameters to hold).
-        protocol: how the remaining hyper-parameters are chosen, see `methods`.
-
-    Returns:
-        One row per task and contestant: `label`, `task`, `shots`, `seed`, `protocol`, `accuracy` in [0, 1],
-        `chosen` (a dict), `seconds` (of the fit, beside whatever ran then), `correct` (mask of the test images of the
-        task's classes) and `method` (the fitted method).
+    `contestants` maps labels to a method's name and its fixed_params. One row per task and contestant: `label`, `task`,
+    `shots`, `seed`, `protocol`, `accuracy` in [0, 1], `correct` (mask of the test images of the task's classes),
+    `chosen` (a dict), `seconds` (of the fit, beside whatever ran then) and `method` (the fitted method).
     """
 
     def fit(pair: tuple[FewShotTask, str]) -> dict[str, object]:
@@ -320,8 +289,6 @@ def compare_fusions(
 
     Args:
         rules: functions of (zero_shot, bias), or of these and a beta with a default.
-        val, val_bias: the images on which beta is chosen, and the bias there.
-        betas: the values to choose from.
         beta_by: `accuracy`, see `choose`; or `cross-entropy`, by `fusion.learn_beta`, for rules linear in beta.
 
     Returns:
@@ -336,8 +303,9 @@ def compare_fusions(
         if options and beta_by == "cross-entropy":
             if not fusion.entry(rule).linear:
                 raise ValueError(f"beta is chosen by cross-entropy for rules linear in it; {name} is not")
-            direction = rule(val.zero_shot, val_bias, beta=1.0) - val.zero_shot
-            options = [fusion.learn_beta(val.zero_shot[labelled], direction[labelled], val.y[labelled])]
+            s0 = val.zero_shot.double()
+            direction = rule(s0, val_bias.double(), beta=1.0) - s0
+            options = [fusion.learn_beta(s0[labelled], direction[labelled], val.y[labelled])]
         _, beta, score = choose([(rule, val_bias)], val, options)
         logits = rule(test.zero_shot, test_bias, **({} if beta is None else {"beta": beta}))
         row = {"fusion": name, "beta": math.nan if beta is None else beta, "val": score}
@@ -347,31 +315,18 @@ def compare_fusions(
 
 def _verdict(logits: Float[Tensor, "n C"], test: Split) -> dict[str, object]:
     hits = metrics.correct(logits, test.y, _classes(test))[test.y >= 0]
-    return {"accuracy": metrics.accuracy(logits, test.y, _classes(test)), "correct": hits}
+    return {"accuracy": int(hits.sum()) / len(hits), "correct": hits}
 
 
 def _classes(split: Split) -> Tensor | None:
     return getattr(split, "classes", None)  # MERGE: split.classes, in place
 
 
-def _entry(name: str) -> Entry:
-    if name in METHODS:
-        return METHODS[name]
-    predictor, slash, rule = name.partition("/")
-    if not slash:
-        raise ValueError(f"no method {name!r}; {nearest(name, METHODS)}")
-    for part, names, what in ((predictor, PREDICTORS, "predictor"), (rule, fusion.FUSIONS, "fusion")):
-        if part not in names:
-            raise ValueError(f"no {what} {part!r}; {nearest(part, names)}")
-    grid = {"beta": ANY_BETA} if "beta" in fusion.FUSIONS[rule].defaults else {}
-    return Entry(name, PREDICTORS[predictor], fusion.FUSIONS[rule], "a triple of the workbook's own", post_grid=grid)
-
-
 def _hyper_parameters(predictor: type[predictors.Predictor]) -> dict[str, object]:
     """Hyper-parameters of a predictor with their defaults."""
     if "__dataclass_fields__" in vars(predictor):
         return {f.name: f.default for f in fields(predictor)}
-    # MERGE: delete from here once every predictor is a dataclass
+    # MERGE: delete the condition and what follows once every predictor is a dataclass
     import inspect
 
     return {name: p.default for name, p in inspect.signature(predictor).parameters.items()}
