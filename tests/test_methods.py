@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -184,6 +184,30 @@ def test_choose_takes_the_middle_of_all_equal_settings(make_task):
 def test_tables_can_mark_methods_that_depend_on_the_batch():
     assert methods.build("gda/classwise").entry.per_batch and not methods.build("gda/additive").entry.per_batch
     assert not methods.METHODS["amu"].per_batch
+
+
+def test_a_method_is_added_by_one_class_and_one_entry(make_task, monkeypatch):
+    """The example of the README, as it stands there."""
+
+    @dataclass(eq=False)
+    class NearestMean(predictors.Predictor):
+        features: str = "aux"
+
+        def fit(self, task):
+            self.means_ = torch.nn.functional.normalize(predictors.initial_weight(task, self.features, "mean"), dim=1)
+            return self
+
+        def logits(self, split):
+            return split.features(self.features) @ self.means_.T
+
+    entry = methods.Entry("Nearest mean", NearestMean, fusion.additive, "ours", post_grid={"beta": (1.0, 5.0, 20.0)})
+    monkeypatch.setitem(methods.METHODS, "nearest_mean", entry)
+    task = make_task()
+    method = methods.build("nearest_mean").fit(task)
+    assert method.chosen_["beta"] in (1.0, 5.0, 20.0) and method.settings_["features"] == "aux"
+    bias = task.test.aux @ method.predictor_.means_.T
+    assert torch.equal(method.logits(task.test), task.test.zero_shot + method.chosen_["beta"] * bias)
+    assert methods.compare([task], {"ours": ("nearest_mean", {"features": "clip"})})["accuracy"][0] > 0.2
 
 
 @pytest.mark.parametrize(
