@@ -21,9 +21,11 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.metrics import accuracy, correct, predictions
+from lib.metrics import accuracy, predictions
 
 Logits = Float[Tensor, "n C"]
+Beta = float | Float[Tensor, "B 1 1"]  # several at once: a rule that is linear in beta then gives [B, n, C]
+Fused = Float[Tensor, "*B n C"]
 Rule = Callable[..., Tensor]  # (zero_shot, bias, hyper-parameters) -> fused logits
 CONFIDENCES = ("none", "kurtosis", "entropy", "energy", "max", "max-min", "top5", "std")
 CODE_CONSTANT = 250.0  # what the released code divides the kurtosis by; it was chosen on 1,000 classes
@@ -113,7 +115,7 @@ class Fusion:
         parameters = inspect.signature(self.function).parameters.values()
         object.__setattr__(self, "defaults", {p.name: p.default for p in parameters if p.default is not p.empty})
 
-    def __call__(self, zero_shot: Logits, bias: Logits, *values: object, **hyper_parameters: object) -> Logits:
+    def __call__(self, zero_shot: Logits, bias: Logits, *values: object, **hyper_parameters: object) -> Fused:
         _refuse_non_finite(zero_shot, bias)
         return self.function(zero_shot, bias, *values, **hyper_parameters)
 
@@ -123,7 +125,7 @@ class Fusion:
 
 
 @partial(Fusion, linear=True)
-def additive(zero_shot: Logits, bias: Logits, beta: float = 1.0) -> Logits:
+def additive(zero_shot: Logits, bias: Logits, beta: Beta = 1.0) -> Fused:
     """`s0 + beta * bias`."""
     return zero_shot + beta * bias
 
@@ -132,30 +134,30 @@ def additive(zero_shot: Logits, bias: Logits, beta: float = 1.0) -> Logits:
 def uncertain(
     zero_shot: Logits,
     bias: Logits,
-    beta: float = 1.0,
+    beta: Beta = 1.0,
     confidence: str = "kurtosis",
     rho: float = 0.4,
     on: str = "logits",
     constant: float = 1.0,
-) -> Logits:
+) -> Fused:
     """`s0 + beta * u(s0) * bias`, the bias weighing more where zero-shot CLIP is uncertain (AMU-Tuning, eq. 11)."""
     return zero_shot + beta * uncertainty(zero_shot, confidence, rho, on, constant)[:, None] * bias
 
 
 @partial(Fusion, linear=True)
-def gated(zero_shot: Logits, bias: Logits, beta: float = 1.0, threshold: float = 0.5) -> Logits:
+def gated(zero_shot: Logits, bias: Logits, beta: Beta = 1.0, threshold: float = 0.5) -> Fused:
     """`s0 + beta * bias` where the largest probability of softmax(s0) is below `threshold` (in [0, 1]), else `s0`."""
     return zero_shot + beta * (zero_shot.softmax(dim=-1).amax(dim=-1, keepdim=True) < threshold).to(bias.dtype) * bias
 
 
 @partial(Fusion, linear=True)
-def standardised(zero_shot: Logits, bias: Logits, beta: float = 1.0) -> Logits:
+def standardised(zero_shot: Logits, bias: Logits, beta: Beta = 1.0) -> Fused:
     """`s0 + beta * z(bias)`, z-scored over the classes of each image, as AMU-Tuning's code does."""
     return zero_shot + beta * standardise(bias)
 
 
 @partial(Fusion, linear=True, per_batch=True)
-def classwise(zero_shot: Logits, bias: Logits, beta: float = 1.0, eps: float = 1e-5) -> Logits:
+def classwise(zero_shot: Logits, bias: Logits, beta: Beta = 1.0, eps: float = 1e-5) -> Fused:
     """`s0 + beta * (bias - mean) / sqrt(var + eps)`, z-scored over the images of each class.
 
     Mean and variance (divisor n) are those of the rows given, so a row's result depends on the other rows of its
@@ -168,7 +170,7 @@ def classwise(zero_shot: Logits, bias: Logits, beta: float = 1.0, eps: float = 1
 
 
 @partial(Fusion, linear=True)
-def wise(zero_shot: Logits, bias: Logits, beta: float = 0.5) -> Logits:
+def wise(zero_shot: Logits, bias: Logits, beta: Beta = 0.5) -> Fused:
     """`(1 - beta) s0 + beta * bias`.
 
     For linear heads on CLIP's features this is the interpolation of weights, `100 f ((1 - beta) T + beta W)^T`.
@@ -291,7 +293,8 @@ def accuracy_over_beta(
     """Accuracy in [0, 1] of `rule(zero_shot, bias, beta=...)` at each beta, as a loop over them gives it.
 
     Under a row-wise rule that is linear in beta, each logit of an image is a line, so a class wins on one interval of
-    beta: who wins at both ends of the range wins between. The rule is called in between on the other images only.
+    beta: who wins at both ends of the range wins between. In between the rule is called on the other images only, with
+    many betas at once.
     """
     known, labelled = entry(rule), int((y >= 0).sum())
     if len(betas) < 4 or not labelled or not known.linear or known.per_batch:
@@ -301,7 +304,10 @@ def accuracy_over_beta(
     if not rows.any():
         return [settled / labelled] * len(betas)
     s0, b, y = zero_shot[rows], bias[rows], y[rows]
-    return [(settled + int(correct(rule(s0, b, beta=beta), y, classes).sum())) / labelled for beta in betas]
+    columns = torch.arange(b.shape[1]) if classes is None else classes
+    parts = torch.tensor(betas, dtype=b.dtype)[:, None, None].split(max(1, 2**22 // b.numel()))
+    hits = torch.cat([(columns[rule(s0, b, beta=at)[..., columns].argmax(-1)] == y).sum(-1) for at in parts])
+    return [(settled + count) / labelled for count in hits.tolist()]
 
 
 def entry(rule: Rule) -> Fusion:
