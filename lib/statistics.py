@@ -1,4 +1,4 @@
-"""Statistics: what a difference is worth. Intervals, paired tests, ranks, Shapley shares."""
+"""Statistics: whether a difference exceeds chance. Intervals, paired tests, ranks, Shapley contributions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,25 @@ from torch import Tensor
 
 
 def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> tuple[float, float]:
-    """Return the mean and the half-width of its t interval; the width of a single value is NaN."""
-    found = np.asarray(values, dtype=float)
-    if len(found) < 2:
-        return float(found.mean()), math.nan
-    return float(found.mean()), float(stats.t.ppf((1 + level) / 2, len(found) - 1) * stats.sem(found))
+    """Mean and half-width of its t interval; the half-width of a single value is NaN."""
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return float(sample.mean()), math.nan
+    return float(sample.mean()), float(stats.t.ppf((1 + level) / 2, len(sample) - 1) * stats.sem(sample))
+
+
+def interval_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Mean accuracy and half-width of its 95 % interval over seeds, in %, per label and number of shots.
+
+    Args:
+        results: rows with `label`, `shots` and `accuracy` in [0, 1], one per seed; one seed has half-width NaN.
+    """
+    rows = [
+        {"label": label, "shots": shots, "mean": 100 * mean, "half": 100 * half}
+        for (label, shots), group in results.groupby(["label", "shots"], sort=False)
+        for mean, half in [mean_interval(group["accuracy"])]
+    ]
+    return pd.DataFrame(rows)
 
 
 def paired_bootstrap(
@@ -28,10 +42,10 @@ def paired_bootstrap(
     resamples: int = 2000,
     level: float = 0.95,
 ) -> dict[str, float]:
-    """Compare two classifiers on the same images and seeds; images and seeds are both drawn again.
+    """Difference of two classifiers on the same images and seeds; images and seeds are both resampled.
 
     Args:
-        first, second: which images each gets right, one row per seed.
+        first, second: correct predictions of each, one row per seed.
 
     Returns:
         `difference` of the accuracies (first - second), its interval `low`, `high`, and `p`, two-sided.
@@ -48,7 +62,7 @@ def paired_bootstrap(
 
 
 def signed_rank_table(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Compare every column with one of them by Wilcoxon's signed-rank test, corrected by Holm for their number.
+    """Comparison of every column with one of them by Wilcoxon's signed-rank test, corrected by Holm for their number.
 
     Args:
         scores: one row per block (data set x shots x seed), one column per method.
@@ -64,23 +78,23 @@ def signed_rank_table(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
         rows.append({"method": name, "difference": gap.mean(), "p": p})
     table = pd.DataFrame(rows).set_index("method")
     table["p_holm"] = holm(table["p"].to_numpy())
-    sure = table["p_holm"] < 0.05
-    table["verdict"] = np.where(~sure, "tie", np.where(table["difference"] > 0, "better", "worse"))
+    significant = table["p_holm"] < 0.05
+    table["verdict"] = np.where(~significant, "tie", np.where(table["difference"] > 0, "better", "worse"))
     return table
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return p-values corrected by Holm's step-down rule for the number of comparisons."""
-    found = np.asarray(p, dtype=float)
-    order = np.argsort(found)
-    stepped = np.maximum.accumulate(found[order] * (len(found) - np.arange(len(found))))
-    corrected = np.empty_like(found)
+    """P-values corrected by Holm's step-down rule for the number of comparisons."""
+    raw = np.asarray(p, dtype=float)
+    order = np.argsort(raw)
+    stepped = np.maximum.accumulate(raw[order] * (len(raw) - np.arange(len(raw))))
+    corrected = np.empty_like(raw)
     corrected[order] = np.minimum(stepped, 1.0)
     return corrected
 
 
 def mean_ranks(scores: pd.DataFrame, level: float = 0.95) -> tuple[pd.Series, float]:
-    """Return each method's mean rank over the blocks (1 is best) and Nemenyi's critical difference.
+    """Each method's mean rank over the blocks (1 is best), and Nemenyi's critical difference.
 
     CD = q sqrt(k (k + 1) / (6 N)), q the studentised range over sqrt(2)        (Demsar, 2006)
     """
@@ -91,7 +105,7 @@ def mean_ranks(scores: pd.DataFrame, level: float = 0.95) -> tuple[pd.Series, fl
 
 
 def cliques(ranks: pd.Series, difference: float) -> list[tuple[str, ...]]:
-    """Return the largest groups of methods whose mean ranks lie within the critical difference."""
+    """Largest groups of methods whose mean ranks lie within the critical difference."""
     names = list(ranks.sort_values().index)
     groups = []
     for i, first in enumerate(names):
@@ -102,23 +116,23 @@ def cliques(ranks: pd.Series, difference: float) -> list[tuple[str, ...]]:
 
 
 def shapley(value: Callable[[frozenset[str]], float], players: Sequence[str]) -> dict[str, float]:
-    """Return each player's share of `value(all) - value(none)`: its marginal gain averaged over all orders.
+    """Contribution of each part to `value(all) - value(none)`: its marginal gain averaged over all orders.
 
     Args:
-        value: the worth of a coalition, the accuracy of a method in which only these parts are switched on.
+        value: of a coalition, for instance the accuracy of a method in which only these parts are switched on.
     """
-    n, worth = len(players), {}
+    n, values = len(players), {}
     for size in range(n + 1):
-        worth |= {frozenset(c): value(frozenset(c)) for c in combinations(players, size)}
-    shares = {}
+        values |= {frozenset(c): value(frozenset(c)) for c in combinations(players, size)}
+    contributions = {}
     for player in players:
         others = [p for p in players if p != player]
-        shares[player] = sum(
-            (worth[frozenset(c) | {player}] - worth[frozenset(c)])
+        contributions[player] = sum(
+            (values[frozenset(c) | {player}] - values[frozenset(c)])
             * math.factorial(size)
             * math.factorial(n - size - 1)
             / math.factorial(n)
             for size in range(n)
             for c in combinations(others, size)
         )
-    return shares
+    return contributions
