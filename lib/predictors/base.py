@@ -1,7 +1,7 @@
 """The contract of logit predictors: features in, bias logits out.
 
-A predictor is a dataclass whose fields are its hyper-parameters; nothing writes to them after construction. `fit` learns
-from `task.support` (from `task.val` where it says so), forgets earlier fits, and writes attributes that end in `_`.
+A predictor is a dataclass whose fields are its hyper-parameters; nothing writes to them after construction. `fit` reads
+`task.support` (and `task.val` where it says so), forgets earlier fits, and writes attributes that end in `_`.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def group_settings(predictors: Sequence[Predictor], varying: Container[str]) -> 
     """Groups of predictors that differ in `varying` alone, for a `fit_many` that fits each group in one pass."""
     groups = {}
     for predictor in predictors:
-        shared = tuple(getattr(predictor, name) for name in hyper_parameters(type(predictor)) if name not in varying)
-        groups.setdefault(shared, []).append(predictor)
+        shared = [name for name in hyper_parameters(type(predictor)) if name not in varying]
+        groups.setdefault(tuple(getattr(predictor, name) for name in shared), []).append(predictor)
     return list(groups.values())
 
 
@@ -109,9 +109,9 @@ def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor,
         raise ValueError(f"init is one of mean, zero, random, text, not {init!r}")
     if init == "mean":
         return metrics.class_means(x, task.support.y, num_classes)
-    if init == "random":
-        return random_weight(task, (num_classes, x.shape[1]))
-    return task.text.clone() if init == "text" else torch.zeros(num_classes, x.shape[1])
+    if init == "text":
+        return task.text.clone()
+    return random_weight(task, (num_classes, x.shape[1])) if init == "random" else x.new_zeros(num_classes, x.shape[1])
 
 
 def random_weight(task: FewShotTask, shape: Sequence[int]) -> Float[Tensor, "m D"]:

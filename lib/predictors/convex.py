@@ -17,7 +17,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 MEMORY = 5  # steps that L-BFGS remembers
-Pair = tuple[Tensor, Tensor]  # a step and the change of the gradient along it
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ def solve_path(
     basis, triangle = torch.linalg.qr(x.T) if n < dim else (None, None)
     rows = x if basis is None else triangle.T.contiguous()
     width = rows.shape[1]
-    if intercept:
-        rows = torch.cat([rows, rows.new_ones(n, 1)], 1)
-    k = x.new_ones(n, 1) if u is None else u[:, None].to(x.dtype)
-    branches = [(1 - lam, 1.0, 0.0), (lam, k, zero_shot.to(x.dtype))]
+    rows = torch.cat([rows, rows.new_ones(n, 1)], 1) if intercept else rows
+    branches = [(1 - lam, 1.0, 0.0), (lam, 1.0 if u is None else u[:, None].to(x.dtype), zero_shot.to(x.dtype))]
 
     def loss(logits: Float[Tensor, "n C"]) -> tuple[float, Float[Tensor, "n C"]]:
         """Mean loss without the penalty, and its gradient by the logits."""
@@ -77,11 +74,8 @@ def solve_path(
                 gradient += weight / n * scale * p
         return value, gradient
 
-    norm_at_zero = (rows.T @ loss(x.new_zeros(n, classes))[1]).norm().item()
-    ridge, point, logits = (
-        x.new_zeros(shape) for shape in ((rows.shape[1], 1), (rows.shape[1], classes), (n, classes))
-    )
-    solutions, past, pairs = {}, [], []
+    ridge, point, logits = x.new_zeros(rows.shape[1], 1), x.new_zeros(rows.shape[1], classes), x.new_zeros(n, classes)
+    solutions, past, pairs, norm_at_zero = {}, [], [], (rows.T @ loss(logits)[1]).norm().item()
     for i in sorted(range(len(penalties)), key=lambda i: -penalties[i]):
         at, change = math.log(penalties[i]), penalties[i] - ridge[0].item()
         if len(past) == 2 and past[0][0] > past[1][0]:
@@ -106,14 +100,7 @@ def solve_path(
 
 
 def _descend(
-    loss: Callable,
-    rows: Tensor,
-    ridge: Tensor,
-    point: Tensor,
-    logits: Tensor,
-    pairs: list[Pair],
-    target: float,
-    most: int,
+    loss: Callable, rows: Tensor, ridge: Tensor, point: Tensor, logits: Tensor, pairs: list, target: float, most: int
 ) -> tuple[Tensor, Tensor, float, float, int]:
     """L-BFGS from a point [d, C] with its logits; point, logits, loss, norm of the gradient, gradients computed."""
     value, by_logits = loss(logits)
@@ -126,7 +113,7 @@ def _descend(
         step = _search(loss, rows, ridge, point, logits, value, gradient, direction)
         if step is None and pairs:
             pairs.clear()  # rounding has spoilt the memory: follow the gradient
-            step = _search(loss, rows, ridge, point, logits, value, gradient, direction := -gradient / norm)
+            continue
         if step is None:
             break  # no descent within rounding; the certificate says how far the gradient is from 0
         length, logits, value, by_logits = step
@@ -138,8 +125,8 @@ def _descend(
     return point, logits, value + (ridge * point.square()).sum().item() / 2, norm, evaluations
 
 
-def _quasi_newton(gradient: Float[Tensor, "d C"], pairs: Sequence[Pair]) -> Float[Tensor, "d C"]:
-    """Direction of L-BFGS, by the two-loop recursion (Nocedal and Wright, algorithm 7.4)."""
+def _quasi_newton(gradient: Float[Tensor, "d C"], pairs: list[tuple[Tensor, Tensor]]) -> Float[Tensor, "d C"]:
+    """Direction of L-BFGS (Nocedal and Wright, algorithm 7.4) from steps and the changes of the gradient along them."""
     if not pairs:
         return -gradient / gradient.norm()
     direction, alphas = -gradient, []
