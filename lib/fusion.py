@@ -182,11 +182,10 @@ def wise(zero_shot: Logits, bias: Logits, beta: Beta = 0.5) -> Fused:
 
 @Fusion
 def dynamic(zero_shot: Logits, bias: Logits, beta: float = 1.0, limit: float = 10.0) -> Logits:
-    """`s0 + a b` with the a of each image that moves CLIP as far from s0 as b is from uniform.
+    """`s0 + a b` with the a in [0, limit] of each image that moves CLIP as far from s0 as b is from uniform.
 
         a = argmin_a (KL(softmax(s0 + a b) || softmax(s0)) - KL(softmax(b) || uniform))^2,    b = beta bias
 
-    over [0, limit].
     The original compares a small model after and before fine-tuning; an auxiliary encoder has no zero-shot classifier,
     so its "before" is uniform. The first divergence rises with a (its derivative is a times a variance): bisection.
 
@@ -220,9 +219,8 @@ def replace(zero_shot: Logits, bias: Logits) -> Logits:
     return bias
 
 
-FUSIONS: dict[str, Fusion] = {
-    rule.name: rule for rule in (additive, uncertain, gated, standardised, classwise, wise, dynamic, mixture, replace)
-}
+RULES = (additive, uncertain, gated, standardised, classwise, wise, dynamic, mixture, replace)
+FUSIONS: dict[str, Fusion] = {rule.name: rule for rule in RULES}
 
 
 def perception(
