@@ -22,7 +22,7 @@ from matplotlib.transforms import Bbox
 
 from lib.files import replace_file
 
-COLUMN = 3.5  # width of a paper's column in inches; figures are one or two of them wide
+COLUMN, PAGE = 8 / 2.54, 17 / 2.54  # the two widths of a figure in inches: a paper's column, and its page
 ACCENT = "#c8321e"
 GREY = "#6e6e6e"
 
@@ -101,6 +101,13 @@ def encoder_styles(encoders: Sequence[str]) -> dict[str, dict[str, str]]:
     """Colour and marker of each encoder, by its place in the list."""
     looks = zip(encoders, cycle(ENCODER_INKS), cycle(ENCODER_MARKERS), strict=False)
     return {name: {"color": ink, "marker": mark} for name, ink, mark in looks}
+
+
+def dataset_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour, marker and line of each data set: black and greys, since hues are methods' and encoders'."""
+    looks = zip(("#000000", "#8c8c8c", "#bdbdbd", "#5a5a5a"), "osD^", ("-", "--", ":", "-."), strict=True)
+    looks = [dict(zip(("color", "marker", "ls"), look, strict=True)) for look in looks]
+    return {name: looks[i % len(looks)] for i, name in enumerate(names)}
 
 
 def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 
@@ -50,19 +50,19 @@ class Entry:
     @property
     def per_batch(self) -> bool:
         """True where the logits of an image depend on the other images of its split."""
-        return getattr(self.predictor, "per_batch", False) or self.fusion.per_batch  # MERGE: self.predictor.per_batch
+        return self.predictor.per_batch or self.fusion.per_batch
 
     def arguments(self) -> dict[str, object]:
         """Every hyper-parameter with its default; where predictor and fusion differ, the fusion's."""
-        return _hyper_parameters(self.predictor) | dict(self.fusion.defaults) | dict(self.defaults)
+        return predictors.hyper_parameters(self.predictor) | dict(self.fusion.defaults) | dict(self.defaults)
 
     def obstacle(self, task: FewShotTask, fixed_params: Setting) -> str:
         """Why this method cannot be fitted on a task; empty if it can."""
         if task.text is None and self.fusion is not fusion.replace:
             return f"fusion {self.fusion.name!r} needs zero-shot logits, but {task.name} has no text features"
-        predictor = self.predictor(**_only(_hyper_parameters(self.predictor), self.defaults, fixed_params))
+        predictor = self.predictor(**_only(predictors.hyper_parameters(self.predictor), self.defaults, fixed_params))
         try:
-            hasattr(predictor, "check") and predictor.check(task)  # MERGE: predictor.check(task)
+            predictor.check(task)
         except ValueError as error:
             return str(error)
         return ""
@@ -169,7 +169,7 @@ class Method:
             raise ValueError(f"{lacking}; take protocol='fixed' or add validation images")
         fit_grid, post_grid = self._open(entry.fit_grid), self._open(entry.post_grid)
         betas = post_grid.pop("beta", ()) if "beta" in entry.fusion.defaults else ()
-        own = _hyper_parameters(entry.predictor)
+        own = predictors.hyper_parameters(entry.predictor)
         late = own.keys() - entry.fusion.defaults.keys()  # a post_grid value of a shared name is the fusion's
         before, after = _settings(fit_grid), _settings(post_grid)
         fitted = entry.predictor.fit_many(tuning, [_only(own, shared, setting) for setting in before])
@@ -213,7 +213,7 @@ def choose(
     `candidates` are rule and bias logits under each setting, in the order of the grid, read one after another; `betas`
     ascend and are tried with every candidate.
     """
-    on, classes = val.zero_shot, _classes(val)
+    on, classes = val.zero_shot, val.classes
     scores = [
         fusion.accuracy_over_beta(rule, on, bias, val.y, betas, classes)
         if betas
@@ -316,22 +316,8 @@ def compare_fusions(
 
 
 def _verdict(logits: Float[Tensor, "n C"], test: Split) -> dict[str, object]:
-    hits = metrics.correct(logits, test.y, _classes(test))[test.y >= 0]
+    hits = metrics.correct(logits, test.y, test.classes)[test.y >= 0]
     return {"accuracy": hits.double().mean().item(), "correct": hits}  # NaN without labelled images
-
-
-def _classes(split: Split) -> Tensor | None:
-    return getattr(split, "classes", None)  # MERGE: split.classes, in place
-
-
-def _hyper_parameters(predictor: type[predictors.Predictor]) -> dict[str, object]:
-    """Hyper-parameters of a predictor with their defaults."""
-    if "__dataclass_fields__" in vars(predictor):
-        return {f.name: f.default for f in fields(predictor)}
-    # MERGE: delete the condition and what follows once every predictor is a dataclass
-    import inspect
-
-    return {name: p.default for name, p in inspect.signature(predictor).parameters.items()}
 
 
 def _only(names: Iterable[str], *settings: Setting) -> dict[str, object]:

@@ -61,6 +61,42 @@ def paired_bootstrap(
     return {"difference": float(gap.mean()), "low": float(low), "high": float(high), "p": float(p)}
 
 
+def paired(first: Sequence[float] | pd.Series, second: Sequence[float] | pd.Series) -> dict[str, float]:
+    """Mean difference first - second over seeds (`difference`), half-width of its 95 % t interval (`half`) and `p` of
+    the paired t-test, two-sided; a single seed gives neither interval nor p (NaN).
+    """
+    gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    mean, half = mean_interval(gap)
+    p = math.nan if len(gap) < 2 else float(np.ptp(gap) == 0 and mean == 0)
+    if len(gap) > 1 and np.ptp(gap) > 0:
+        p = float(stats.ttest_1samp(gap, 0.0).pvalue)
+    return {"difference": mean, "half": half, "p": p}
+
+
+def against(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Every column `paired` with one of them, corrected by Holm for their number.
+
+    Args:
+        scores: one row per seed (of one data set and number of shots), one column per method.
+
+    Returns:
+        One row per other column: `difference`, `half`, `p`, `p_holm`, `verdict` at 5 % (better, worse, tie; a dash with
+        one seed) and `edge`, whether p_holm lies between 0.02 and 0.08, where the verdict may turn.
+    """
+    table = pd.DataFrame({name: paired(scores[name], scores[reference]) for name in scores.columns.drop(reference)}).T
+    table["p_holm"] = holm(table["p"]) if table["p"].notna().all() else math.nan
+    sign = np.where(table["difference"] > 0, "better", "worse")
+    table["verdict"] = np.where(table["p"].isna(), "–", np.where(table["p_holm"] < 0.05, sign, "tie"))
+    return table.assign(edge=table["p_holm"].between(0.02, 0.08))
+
+
+def pm(mean: float, half: float, digits: int = 1, sign: bool = False) -> str:
+    """A mean and its half-width as text, `62.4 ± 0.8`; a dash for what does not exist."""
+    plus = "+" if sign else ""
+    parts = [f"{mean:{plus}.{digits}f}", f"{half:.{digits}f}"]
+    return " ± ".join(part if math.isfinite(x) else "–" for part, x in zip(parts, (mean, half), strict=True))
+
+
 def signed_rank_table(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Comparison of every column with one of them by Wilcoxon's signed-rank test, corrected by Holm for their number.
 
@@ -83,7 +119,7 @@ def signed_rank_table(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     return table
 
 
-def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
+def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     """P-values corrected by Holm's step-down rule for the number of comparisons."""
     raw = np.asarray(p, dtype=float)
     order = np.argsort(raw)

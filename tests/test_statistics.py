@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from lib import statistics
 
@@ -56,3 +57,17 @@ def test_interval_table_has_a_row_per_label_and_shots_and_no_interval_for_one_se
     mean, half = statistics.mean_interval([0.5, 0.7])
     assert table.loc[("b", 1)].tolist() == pytest.approx([100 * mean, 100 * half])
     assert table.loc[("a", 4), "mean"] == pytest.approx(90) and math.isnan(table.loc[("a", 4), "half"])
+
+
+def test_paired_differences_over_seeds_have_one_kind_of_interval():
+    scores = pd.DataFrame({"a": [0.60, 0.62, 0.64], "b": [0.50, 0.53, 0.53], "c": [0.61, 0.61, 0.65]})
+    table = statistics.against(scores, "a")
+    mean, half = statistics.mean_interval(scores["b"] - scores["a"])
+    assert tuple(table.loc["b", ["difference", "half"]]) == (mean, half)
+    assert table.loc["b", "p"] == pytest.approx(stats.ttest_rel(scores["b"], scores["a"]).pvalue)
+    assert table["verdict"].to_dict() == {"b": "worse", "c": "tie"}
+    alone = statistics.against(scores[:1], "a")
+    assert set(alone["verdict"]) == {"–"} and alone["half"].isna().all(), "one seed gives no verdict"
+    same = statistics.paired(scores["a"], scores["a"])
+    assert same == {"difference": 0.0, "half": 0.0, "p": 1.0}
+    assert statistics.pm(62.44, float("nan")) == "62.4 ± –" and statistics.pm(1.26, 0.5, sign=True) == "+1.3 ± 0.5"
