@@ -94,7 +94,7 @@ def marker(method: str) -> str:
 
 def short_name(encoder: str) -> str:
     """Name of an encoder as axes have room for it: no library, no `aux_`."""
-    return "+".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split("+"))
+    return ",".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split(","))
 
 
 def encoder_styles(encoders: Sequence[str]) -> dict[str, dict[str, str]]:
