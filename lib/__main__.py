@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(notebook: str, p: list[tuple[str, str]], folder: Path | None, lenient: bool) -> None:
+def _run(notebook: str, p: list[list[str]], folder: Path | None, lenient: bool) -> None:
     notebook = runs.notebook_path(notebook).stem
     types = {name: type_ for name, (type_, _) in runs.declared(notebook).items()}
     given = {name: _typed(text, types.get(name, str)) for name, text in p if name in types or not lenient}

@@ -352,7 +352,6 @@ def compare(
         `chosen` (a dict), `seconds` (of the fit, beside whatever ran then), `correct` (which test images) and `method`
         (the fitted method).
     """
-
     def fit(pair: tuple[FewShotTask, str]) -> dict[str, object]:
         task, label = pair
         name, held = contestants[label]
@@ -403,9 +402,7 @@ def compare_fusions(
             beta = best[len(best) // 2]
             fused = rule(test.zero_shot, test_bias, beta=beta)
         hit = metrics.correct(fused, test.y)
-        rows.append(
-            {"fusion": name, "beta": beta, "held": score, "accuracy": hit.float().mean().item(), "correct": hit}
-        )
+        rows.append({"fusion": name, "beta": beta, "held": score, "accuracy": hit.float().mean().item(), "correct": hit})
     return pd.DataFrame(rows).set_index("fusion")
 
 

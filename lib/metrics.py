@@ -17,6 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 
+
 def correct(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
     """Tell which rows are classified correctly.
 
@@ -38,7 +39,9 @@ def class_accuracy(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Floa
     return class_means(correct(logits, y).float(), y, logits.shape[1])
 
 
-def class_means(values: Float[Tensor, "n *d"], y: Int64[Tensor, " n"], num_classes: int) -> Float[Tensor, "C *d"]:
+def class_means(
+    values: Float[Tensor, "n *d"], y: Int64[Tensor, " n"], num_classes: int
+) -> Float[Tensor, "C *d"]:
     """Mean of the rows of each class; NaN for a class without rows."""
     sums = torch.zeros(num_classes, *values.shape[1:], dtype=values.dtype).index_add_(0, y, values)
     counts = torch.bincount(y, minlength=num_classes)
