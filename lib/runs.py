@@ -218,12 +218,10 @@ def published_backbone(encoder: str) -> str:
     An encoder's name counts (`open_clip:ViT-B-16-quickgelu/openai`) and so does a bank's file name (`clip_vit_b16`).
     """
     tower = r"(?:RN|ViT[_-]?([BL])[_-]?)(\d+)"
-    parts = re.fullmatch(f"open_clip:{tower}(?:-quickgelu)?/openai", encoder)
-    parts = parts or re.fullmatch(f"clip[_-]{tower}", encoder, re.IGNORECASE)
-    if not parts:
-        return ""
-    size, number = parts.groups()
-    return f"ViT-{size.upper()}/{number}" if size else f"RN{number}"
+    for names in (f"open_clip:{tower}(?:-quickgelu)?/openai", f"(?i:clip[_-]{tower})"):
+        if parts := re.fullmatch(names, encoder):
+            return f"ViT-{parts[1].upper()}/{parts[2]}" if parts[1] else f"RN{parts[2]}"
+    return ""
 
 
 def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:

@@ -185,10 +185,9 @@ def load_source(
     if "train" not in card.splits:
         raise ValueError(f"{dataset} can be tested on, not learned from: learn from another with test={dataset!r}")
     clip, auxiliaries = encoders(dataset, clip, aux)
-    if aux == "auto":
-        auxiliaries = auxiliaries[:1]
-        if auxiliaries == ("clip",):
-            print(f"{dataset} has no auxiliary features; CLIP's own stand in for them (aux=clip)")
+    auxiliaries = auxiliaries[:1] if aux == "auto" else auxiliaries
+    if aux == "auto" and auxiliaries == ("clip",):
+        print(f"{dataset} has no auxiliary features; CLIP's own stand in for them (aux=clip)")
     names = [clip] if auxiliaries == ("clip",) else [clip, *(clip if a == "clip" else a for a in auxiliaries)]
     is_bank = isinstance(card, FeatureBank)
     banked = {*test_card.clip_encoders, *test_card.aux_encoders} if isinstance(test_card, FeatureBank) else set()
@@ -290,8 +289,7 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
 def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:
     """One part, checked; -1 may stand among the labels of `test` alone."""
     what, keys = f"{name}, {part}", ("clip", "aux", "y") if with_aux else ("clip", "y")
-    missing = [key for key in keys if key not in arrays]
-    if missing:
+    if missing := [key for key in keys if key not in arrays]:
         raise ValueError(f"{what}: needs {', '.join(keys)}; lacks {', '.join(missing)}")
     clip, y = _unit(arrays["clip"], f"{what}: CLIP features"), _tensor(arrays["y"])
     aux = _unit(arrays["aux"], f"{what}: auxiliary features") if with_aux else clip

@@ -212,7 +212,7 @@ def time_heads(task: FewShotTask, size: Mapping, rate: float) -> dict[str, dict]
     """Rows of AMU-Tuning's heads, many at once, and of the path of convex optima."""
     pairs = list(product((0.2, 0.5, 0.8), (1.0, 2.0, 5.0, 10.0, 20.0)))
     settings = [{"lam": lam, "beta": beta} for lam, beta in (pairs[i % 15] for i in range(size["heads"]))]
-    tries = {c: lambda c=c: on_threads(c, lambda: plain_heads(task, settings[:1], 1)) for c in {1, size["threads"]}}
+    tries = {c: partial(on_threads, c, partial(plain_heads, task, settings[:1], 1)) for c in {1, size["threads"]}}
     best = int(in_turns(tries, 1 + size["repeats"])[1:].min().idxmin())  # threads that suit the plain loop
 
     def plain(some: Sequence[Mapping[str, float]]) -> Tensor:
@@ -333,8 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("import: " + ", ".join(f"{name} {spent:.2f} s" for name, spent in imported.items()))
     figures.save_figure(draw(table), "speed", options.folder / "figures")
     torch.set_num_threads(before)
-    shortcuts = {name: row.to_dict() for name, row in table.iterrows()}
-    run.record({"machine": host, "claims": shortcuts, "table_minutes": minutes, "large": fitted, "import_s": imported})
+    measured = {"machine": host, "claims": rows, "table_minutes": minutes, "large": fitted, "import_s": imported}
+    run.record(measured)
 
 
 if __name__ == "__main__":
