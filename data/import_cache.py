@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.features.banks import TEXT_HELP, FeatureBank, save_bank
 from lib.features.images import SPLITS
 
+Names = Sequence[str]  # of the classes, in label order
+Text = Float[Tensor, "C D"] | Float[Tensor, "D C"] | None  # CLIP's class texts
 Splits = dict[str, Tensor]  # split to features, or to labels
 NPZ_FEATURES = ("{}_features", "{}_x", "x_{}", "X_{}", "{}_f", "features_{}")
 NPZ_LABELS = ("{}_labels", "{}_y", "y_{}", "Y_{}", "{}_l", "labels_{}")
@@ -85,9 +87,7 @@ def _has_rows(bank: FeatureBank, split: str, encoder: str) -> bool:
         return False
 
 
-def import_tip_adapter(
-    source: Path, target: Path, *, shots: int, class_names: Sequence[str], text: Tensor | None = None
-) -> Path:
+def import_tip_adapter(source: Path, target: Path, *, shots: int, class_names: Names, text: Text = None) -> Path:
     """Write a bank from a cache folder of Tip-Adapter or a descendant of it.
 
     It holds keys_Kshots.pt [D, N], values_Kshots.pt [N, C] (one-hot), val_f.pt, val_l.pt, test_f.pt and test_l.pt; the
@@ -112,13 +112,7 @@ def import_tip_adapter(
 
 
 def import_amu(
-    source: Path,
-    target: Path,
-    *,
-    shots: int,
-    class_names: Sequence[str],
-    clip_keys: Path | None = None,
-    text: Tensor | None = None,
+    source: Path, target: Path, *, shots: int, class_names: Names, clip_keys: Path | None = None, text: Text = None
 ) -> Path:
     """Write a bank from a cache folder of AMU-Tuning.
 
@@ -143,12 +137,7 @@ def import_amu(
 
 
 def import_npz(
-    clip: Path,
-    target: Path,
-    *,
-    aux: Path | None = None,
-    class_names: Sequence[str] | None = None,
-    text: Tensor | None = None,
+    clip: Path, target: Path, *, aux: Path | None = None, class_names: Names | None = None, text: Text = None
 ) -> Path:
     """Write a bank from npz files with arrays such as train_features and train_labels, for train, val and test.
 
@@ -196,7 +185,7 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"cannot read the class names in {path}: {error}") from error
 
 
-def _text(path: Path) -> Float[Tensor, "_ _"]:
+def _text(path: Path) -> Text:
     try:
         x = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else _tensor(path)
     except (OSError, ValueError) as error:
@@ -206,7 +195,7 @@ def _text(path: Path) -> Float[Tensor, "_ _"]:
     return x
 
 
-def _oriented(text: Tensor | None, classes: int, dim: int) -> dict[str, Tensor]:
+def _oriented(text: Text, classes: int, dim: int) -> dict[str, Tensor]:
     """`text` as [C, D], from that or from Tip-Adapter's clip_weights [D, C]."""
     if text is None:
         return {}
@@ -232,7 +221,7 @@ def _check_shots(y: Int64[Tensor, " n"], shots: int, source: Path) -> None:
         raise ValueError(f"{source}: {shots} shots by name, but class {odd} has {int(counts[odd])} rows")
 
 
-def _check_names(names: Sequence[str], classes: int, source: Path) -> None:
+def _check_names(names: Names, classes: int, source: Path) -> None:
     if len(names) != classes:
         raise ValueError(f"{len(names)} class names are given, {source} has {classes} classes")
 
