@@ -49,12 +49,7 @@ class Encoder:
     precision: str
     logit_scale: float | None  # the learned temperature, exp(t); None for an image encoder
     model: nn.Module = field(repr=False)
-    tokenizer: Tokenizer | None = field(repr=False)
-
-    @property
-    def kind(self) -> str:
-        """`clip` (images and texts) or `image`."""
-        return "clip" if self.tokenizer else "image"
+    tokenizer: Tokenizer | None = field(repr=False)  # comes with a text tower
 
     @torch.no_grad()
     def encode_images(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:

@@ -68,17 +68,14 @@ def slug(text: str) -> str:
 
 def cached(jobs: Sequence[Job], make: Callable[[list[Job]], None]) -> list[Entry]:
     """The entries of `jobs`; those that are missing are handed to `make` while their folders are locked."""
-    entries = [read(job) for job in jobs]
-    missing = {job.folder: job for job, entry in zip(jobs, entries, strict=True) if entry is None}
-    if missing:
-        with ExitStack() as stack:
-            for folder in sorted(missing):
-                stack.enter_context(locked(folder))
-            todo = [job for job in missing.values() if read(job) is None]  # another process may have made it
-            if todo:
-                make(todo)
-        entries = [read(job) for job in jobs]
-    return entries
+    missing = {job.folder: job for job in jobs if read(job) is None}
+    with ExitStack() as stack:
+        for folder in sorted(missing):
+            stack.enter_context(locked(folder))
+        todo = [job for job in missing.values() if read(job) is None]  # another process may have made it
+        if todo:
+            make(todo)
+    return [read(job) for job in jobs]
 
 
 def read(job: Job) -> Entry | None:
@@ -139,19 +136,22 @@ def extract(
         _require_room(job.folder, len(images) * views * encoder.dim * 4)
     count = math.ceil(len(images) / SHARD)
     missing = [set(range(count)) - set(_shards(job.folder)) for job in jobs]
-    batches = {shard: _batches(shard, len(images), max(1, batch_size // views)) for shard in set().union(*missing)}
-    order = [batch for shard in sorted(batches) for batch in batches[shard]]
+    batches = {}
+    for shard in sorted(set().union(*missing)):
+        rows, size = range(len(images))[shard * SHARD :][:SHARD], max(1, batch_size // views)
+        batches[shard] = [rows[start : start + size] for start in range(0, len(rows), size)]
+    order = [batch for group in batches.values() for batch in group]
     decoder = _Decoder(images, [e.transform if views == 1 else e.augment for e in encoders], views)
     generator = torch.Generator()  # the loader would otherwise draw from the caller's
     loader = DataLoader(decoder, batch_sampler=order, num_workers=num_workers, collate_fn=list, generator=generator)
     names, done = ", ".join(job.encoder for job in jobs), len(images) - sum(map(len, order))
     bar = tqdm(total=len(images), initial=done, unit="img", desc=names, disable=None)
     with closing(batch for batch in loader) as decoded, bar:  # closing ends the worker processes at once
-        for shard in sorted(batches):
+        for shard, group in batches.items():
             parts = {i: [torch.empty(views, 0, encoders[i].dim)] for i in range(len(jobs)) if shard in missing[i]}
             kept: list[int] = []
             bad: dict[str, str] = {}
-            for batch in batches[shard]:
+            for batch in group:
                 items = next(decoded)
                 bad |= {images.ids[row]: error for row, error, _ in items if error}
                 if bad and not quarantine:
@@ -163,8 +163,8 @@ def extract(
                     encoded.append(_encode(encoders[i], inputs, [images.ids[row] for row in rows]))
                 bar.update(len(batch))
             for i, encoded in parts.items():
-                tensors = {"x": torch.cat(encoded, dim=1), "rows": torch.tensor(kept, dtype=torch.int64)}
-                data = save(tensors, {"bad": json.dumps(bad)})
+                arrays = {"x": torch.cat(encoded, dim=1), "rows": torch.tensor(kept, dtype=torch.int64)}
+                data = save(arrays, {"bad": json.dumps(bad)})
                 path = jobs[i].folder / f"shard-{shard:05d}-{hashlib.sha256(data).hexdigest()}.safetensors"
                 replace_file(path, lambda stream, data=data: stream.write(data))
     for job, encoder in zip(jobs, encoders, strict=True):
@@ -196,16 +196,10 @@ class _Decoder(Dataset):
 
 def _encode(encoder: Encoder, batch: Float[Tensor, "b v 3 h w"], ids: Sequence[str]) -> Float[Tensor, "v b D"]:
     x = encoder.encode_images(batch.flatten(0, 1)).unflatten(0, batch.shape[:2]).transpose(0, 1)
-    wrong = (~torch.isfinite(x).all(dim=2).all(dim=0)).nonzero()[:, 0].tolist()
+    wrong = [name for name, finite in zip(ids, torch.isfinite(x).all(dim=2).all(dim=0), strict=True) if not finite]
     if wrong:
-        count = f"{len(wrong)} images, first {ids[wrong[0]]}"
-        raise ValueError(f"{encoder.name} gives NaN or infinite features for {count}")
+        raise ValueError(f"{encoder.name} gives NaN or infinite features for {len(wrong)} images, first {wrong[0]}")
     return x
-
-
-def _batches(shard: int, total: int, size: int) -> list[range]:
-    rows = range(shard * SHARD, min(total, (shard + 1) * SHARD))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _shards(folder: Path) -> dict[int, Path]:

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from lib.features.images import ENDINGS, SPLITS, ImageSplit, divide
 from lib.files import ROOT
 
-FRACTIONS = (0.5, 0.2, 0.3)  # of train, val, test where nobody has divided a data set: CoOp's
+FRACTIONS = {"train": 0.5, "val": 0.2, "test": 0.3}  # where nobody has divided a data set: CoOp's
 VAL_IMAGES = 16  # images a class of ImageNet's train that are its val: the last ones by name
 VAL_NAMES = ("val", "valid", "validation", "dev")  # what a folder beside train or test may be called
 Items = list[tuple[str, int]]  # path below the root, class index
@@ -58,7 +58,7 @@ def cards() -> dict[str, dict[str, Any]]:
 
 
 def listing(name: str, root: Path) -> Listing:
-    """The listing of a data set that has a card; where files are missing, an error says what to download whereto."""
+    """The listing of a data set that has a card; where files are missing, an error says what to download and where."""
     families = {"generated": _generated, "benchmark": _benchmark, "imagenet": _imagenet}
     return families[cards()[name]["family"]](name, root)
 
@@ -241,22 +241,17 @@ def _completed(path: Path, names: Iterable[str], items: dict[str, Items], made_b
         other = spoken.setdefault(_spoken(name), name)
         if other != name:
             raise ValueError(f"{path}: {other!r} and {name!r} are two classes of one name, {_spoken(name)!r}")
-    classnames = tuple(spoken)
+    whole, fractions = [], {}
     if "all" in items:
-        items = _parted(items["all"], SPLITS, FRACTIONS, classnames)
+        whole, fractions = items["all"], FRACTIONS
         made_by += "; each class divided 50 : 20 : 30, seed 1"
     elif "train" in items and "val" not in items:
-        items = items | _parted(items["train"], ("train", "val"), (0.8, 0.2), classnames)
+        whole, fractions = items["train"], {"train": 0.8, "val": 0.2}
         made_by += "; val is a fifth of each training class, seed 1"
-    return _listing(path if path.is_dir() else path.parent, classnames, items, made_by)
-
-
-def _parted(items: Items, splits: Sequence[str], fractions: Sequence[float], names: Sequence[str]) -> dict[str, Items]:
-    rows = divide(torch.tensor([label for _, label in items]), fractions, names)
-    return {split: [items[row] for row in chosen.tolist()] for split, chosen in zip(splits, rows, strict=True)}
-
-
-# ---- small things -------------------------------------------------------------------------------------------
+    if whole:
+        parts = divide(torch.tensor([label for _, label in whole]), list(fractions.values()), list(spoken))
+        items |= {split: [whole[i] for i in rows.tolist()] for split, rows in zip(fractions, parts, strict=True)}
+    return _listing(path if path.is_dir() else path.parent, tuple(spoken), items, made_by)
 
 
 def _listing(root: Path, names: tuple[str, ...], items: Mapping[str, Items], made_by: str) -> Listing:
