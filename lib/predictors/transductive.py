@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
@@ -32,19 +32,15 @@ class MAdapter(Predictor):
     p over the feature's channels, not over classes, and drops rows of the last block of ten; the paper's formula is
     followed (`corrected_dist_rows` of the reference). With delta = 0 this is SuS-X's Tip-X.
 
-    Args:
-        features: of the images' keys; captions need CLIP's own space and always use it.
-        sharpness, gamma, delta: gamma weighs the divergences against the cache, delta in [0, 1] the captions.
-
     Source: CapS-Adapter (arXiv 2405.16591); repository WLuLi/CapS-Adapter, `madapter.py`.
     """
 
     needs_text: ClassVar[bool] = True
     per_batch: ClassVar[bool] = True
-    features: str = "clip"
+    features: str = "clip"  # of the images' keys; captions need CLIP's own space and always use it
     sharpness: float = 5.5
-    gamma: float = 0.5
-    delta: float = 0.3
+    gamma: float = 0.5  # weighs the divergences against the cache
+    delta: float = 0.3  # weighs the captions, in [0, 1]
     temperature: float = 0.5
 
     def fit(self, task: FewShotTask, captions: Float[Tensor, "m D"] | None = None) -> MAdapter:
@@ -115,22 +111,16 @@ class TransCLIP(Predictor):
     pairs neighbours with the wrong z; the formula is followed (`fs_rows_reordered` of the reference). As there, the
     nearest image of every row is taken for itself and left out, which costs support images one true neighbour.
 
-    Args:
-        features: the space of the Gaussians and the neighbours; the prior is always CLIP's `s0`.
-        gamma: weight of the support; the authors choose among 0.002, 0.01, 0.02 and 0.2.
-        lam: power of the prior; None is the authors' 0.5, and 1 without the support.
-        use_support: False is the authors' zero-shot variant; its means start at each class's 8 most confident images.
-
     Source: TransCLIP (arXiv 2406.01837), eq. 5-8; repository MaxZanella/transduction-for-vlms.
     """
 
     needs_text: ClassVar[bool] = True
     per_batch: ClassVar[bool] = True
-    features: str = "clip"
-    gamma: float = 0.02
-    lam: float | None = None
+    features: str = "clip"  # the space of the Gaussians and the neighbours; the prior is always CLIP's `s0`
+    gamma: float = 0.02  # weight of the support; the authors choose among 0.002, 0.01, 0.02 and 0.2
+    lam: float | None = None  # power of the prior; None is the authors' 0.5, and 1 without the support
     neighbours: int = 3
-    use_support: bool = True
+    use_support: bool = True  # False: the zero-shot variant; means start at each class's 8 most confident images
 
     def fit(self, task: FewShotTask) -> TransCLIP:
         self.check(task)
@@ -166,7 +156,9 @@ class TransCLIP(Predictor):
     def _graph(self, x: Float[Tensor, "n D"]) -> tuple[Tensor, Float[Tensor, "n C"]]:
         """w_ij + w_ji between images of the split, sparse, and the sum over the support of w_ji z_j of each image."""
         n, rows = len(x), torch.cat([x, self.support_])
-        index, cosine = self._neighbours(rows, x)
+        nearest = [(part @ x.T).topk(min(self.neighbours + 1, n)) for part in rows.split(1024)]
+        # without the very nearest
+        cosine, index = (torch.cat(parts)[:, 1:] for parts in zip(*nearest, strict=True))
         i, j = torch.arange(n).repeat_interleave(index.shape[1]), index[:n].flatten()
         edges, weights = torch.stack([torch.cat([i, j]), torch.cat([j, i])]), cosine[:n].flatten().repeat(2)
         graph = torch.sparse_coo_tensor(edges, weights, (n, n), check_invariants=True).coalesce()
@@ -174,14 +166,6 @@ class TransCLIP(Predictor):
         for k in range(index.shape[1]):
             from_support.index_add_(0, index[n:, k], cosine[n:, k, None] * self.one_hot_)
         return graph, from_support
-
-    def _neighbours(
-        self, rows: Float[Tensor, "m D"], x: Float[Tensor, "n D"]
-    ) -> tuple[Int64[Tensor, "m k"], Float[Tensor, "m k"]]:
-        """Nearest images of the split for each row, without the very nearest, and their cosines."""
-        count = min(self.neighbours + 1, len(x))
-        nearest = [(part @ x.T).topk(count) for part in rows.split(1024)]
-        return torch.cat([top.indices for top in nearest])[:, 1:], torch.cat([top.values for top in nearest])[:, 1:]
 
     def _initial_means(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> Float[Tensor, "C D"]:
         if self.use_support:
