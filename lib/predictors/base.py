@@ -42,7 +42,7 @@ class Predictor:
 
     def check(self, task: FewShotTask) -> None:
         """Raise a ValueError that names what this predictor cannot take; each `fit` begins with it."""
-        name, counts = type(self).__name__, task.support.y.bincount(minlength=task.num_classes)
+        name, counts = type(self).__name__, task.counts
         if self.clip_only and self.features != "clip":
             only = f"{name} compares images with class texts, which only clip features allow"
             raise ValueError(f"{only}; features are {self.features!r}")

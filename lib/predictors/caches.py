@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -21,12 +21,6 @@ from lib.predictors.base import GroupPredictor, Predictor, group_settings, rando
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
 
 CHUNK = 2048  # images compared with the whole support at a time, so that memory stays bounded
-
-
-def class_order(task: FewShotTask) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " C"]]:
-    """Rows of the support class by class, and how many each class has."""
-    y = task.support.y
-    return torch.argsort(y, stable=True), torch.bincount(y, minlength=task.num_classes)
 
 
 def class_sums(values: Float[Tensor, "n m"], counts: Int64[Tensor, " C"]) -> Float[Tensor, "n C"]:
@@ -58,7 +52,7 @@ class Cache(Predictor):
 
     def fit(self, task: FewShotTask) -> Cache:
         self.check(task)
-        order, self.counts_ = class_order(task)
+        order, self.counts_ = task.support.y.argsort(stable=True), task.counts  # keys stand class by class
         views = torch.stack([view.features(self.features)[order] for view in task.views or (task.support,)])
         self.keys_ = normalize(views.mean(0), dim=1) if len(views) > 1 else views[0]
         return self
@@ -172,7 +166,7 @@ class APE(Cache):
 
     def fit(self, task: FewShotTask) -> APE:
         self.check(task)
-        order, self.counts_ = class_order(task)
+        order, self.counts_ = task.support.y.argsort(stable=True), task.counts
         keep = max(1, math.floor(self.channels * task.text.shape[1] + 0.5))
         self.channels_ = self.criterion(task).topk(keep).indices
         self.keys_ = normalize(task.support.clip[order][:, self.channels_], dim=1)
@@ -183,7 +177,7 @@ class APE(Cache):
     def criterion(self, task: FewShotTask) -> Float[Tensor, " D"]:
         """J of each channel; the largest are kept."""
         sums = task.text.index_add(0, task.support.y, task.support.clip)
-        counts = 1 + class_order(task)[1]
+        counts = 1 + task.counts
         products = (sums.sum(0).square() - sums.square().sum(0)) / (counts.sum().square() - counts.square().sum())
         return self.inter * task.text.var(0) - self.intra * products
 
@@ -207,7 +201,7 @@ class ProKeR(GroupPredictor):
     """
 
     needs_text: ClassVar[bool] = True
-    varying: ClassVar[Container[str]] = ("penalty",)
+    varying = ("penalty",)
     features: str = "clip"
     sharpness: float = 1.0  # above 0; the authors' beta
     penalty: float = 0.1  # above 0; the authors' lambda

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,10 @@ from torch.nn.functional import cross_entropy
 from lib import fusion, metrics
 from lib.predictors import convex, training
 from lib.predictors.base import GroupPredictor, Predictor, initial_weight, row_orders
+from lib.predictors.training import Orders
 from lib.tasks import FewShotTask, Split
+
+PER_HEAD = ("init", "lam", "beta", "confidence", "rho", "on", "constant", "select_epoch", "keep_epochs")
 
 
 @dataclass(eq=False)
@@ -59,9 +62,7 @@ class MultiBranchHead(TwoBranchHead):
     Source: AMU-Tuning, eq. 6-11, and repository TJU-sjyj/AMU-Tuning.
     """
 
-    varying: ClassVar[Container[str]] = (
-        *("init", "lam", "beta", "confidence", "rho", "on", "constant", "select_epoch", "keep_epochs"),
-    )
+    varying = PER_HEAD
     init: str = "mean"  # start of W, see `initial_weight`
     standardised: bool = False  # z-score the bias of each image, in both branches and in what `logits` returns
     lr: float = 1e-3  # of AdamW (eps 1e-4) with a cosine per step, as what follows
@@ -72,9 +73,7 @@ class MultiBranchHead(TwoBranchHead):
     keep_epochs: bool = False  # leave the weights after each epoch in `epoch_weights_`, for training curves
 
     @classmethod
-    def fit_group(
-        cls, task: FewShotTask, group: Sequence[MultiBranchHead], orders: training.Orders | None = None
-    ) -> None:
+    def fit_group(cls, task: FewShotTask, group: Sequence[MultiBranchHead], orders: Orders | None = None) -> None:
         """Train; `orders` takes the place of the seeded order of the rows."""
         first, views, best = group[0], task.views or (task.support,), {}
         generator = torch.Generator().manual_seed(task.seed)
@@ -118,7 +117,7 @@ class ConvexHead(TwoBranchHead):
     The penalty does what 50 epochs from the class means do in the paper: it keeps W small. No order, no rate, no seed.
     """
 
-    varying: ClassVar[Container[str]] = ("penalty",)
+    varying = ("penalty",)
     penalty: float = 1e-3  # above 0
     tolerance: float = 1e-3  # `gradient_norm_` to stop at, relative to the one at W = 0
 
@@ -142,7 +141,7 @@ class LinearProbe(GroupPredictor):
     Source: the linear probe of CLIP (Radford et al., 2021); agrees with scikit-learn's, see the tests.
     """
 
-    varying: ClassVar[Container[str]] = ("inverse_penalty",)
+    varying = ("inverse_penalty",)
     features: str = "clip"
     inverse_penalty: float = 10.0  # scikit-learn's `C`, above 0
 

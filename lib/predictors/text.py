@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,9 +65,7 @@ class CLIPAdapter(TextTuned):
     lr: float = 0.05
     weight_decay: float = 5e-4
 
-    def fit(
-        self, task: FewShotTask, start: tuple[Tensor, Tensor] | None = None, orders: Orders | None = None
-    ) -> CLIPAdapter:
+    def fit(self, task: FewShotTask, start: Sequence[Tensor] = (), orders: Orders | None = None) -> CLIPAdapter:
         self.check(task)
         dim, hidden = task.text.shape[1], max(1, task.text.shape[1] // 4)
         start = start or (random_weight(task, (hidden, dim)), random_weight(task, (dim, hidden)))
@@ -130,9 +128,7 @@ class TextProbe(TextTuned):
     lr: float = 0.1  # of SGD with momentum 0.9
     epochs: int = 300
 
-    def fit(
-        self, task: FewShotTask, start: Float[Tensor, "C D"] | None = None, orders: Orders | None = None
-    ) -> TextProbe:
+    def fit(self, task: FewShotTask, start: Tensor | None = None, orders: Orders | None = None) -> TextProbe:
         self.check(task)
         self.multipliers_ = self._multipliers(task)
         start = self.text_norm * task.text if start is None else start
@@ -286,7 +282,5 @@ class LPPlusPlus(Predictor):
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return self._forward(split, self.weight_, self.intercept_, self.alpha_)
 
-    def _forward(
-        self, split: Split, weight: Float[Tensor, "C D"], intercept: Float[Tensor, " C"], alpha: Float[Tensor, " C"]
-    ) -> Float[Tensor, "n C"]:
+    def _forward(self, split: Split, weight: Tensor, intercept: Tensor, alpha: Tensor) -> Float[Tensor, "n C"]:
         return split.features(self.features) @ weight.T + intercept + alpha * split.zero_shot / LOGIT_SCALE

@@ -166,8 +166,8 @@ def minimise(
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad()
-        losses.append(loss(batch))
-        losses[-1].backward()
-        losses[-1] = losses[-1].detach()
+        value = loss(batch)
+        value.backward()
         optimiser.step()
+        losses.append(value.detach())
     return torch.stack(losses)

@@ -12,10 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from lib.predictors.base import Predictor
-from lib.predictors.caches import CHUNK, class_order, class_sums, kernel
+from lib.predictors.caches import CHUNK, class_sums, kernel
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
-
-GRID = 2**26  # comparisons of a split with the support that a grid search may keep, three numbers each
 
 
 @dataclass(eq=False)
@@ -45,45 +43,31 @@ class MAdapter(Predictor):
 
     def fit(self, task: FewShotTask, captions: Float[Tensor, "m D"] | None = None) -> MAdapter:
         self.check(task)
-        order, self.counts_ = class_order(task)
+        order, self.counts_ = task.support.y.argsort(stable=True), task.counts
         self.keys_ = task.support.features(self.features)[order]
         self.captions_ = (task.text[task.support.y] if captions is None else captions)[order]
         self.log_predictions_ = self._log_predictions(task.support)[order]
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        ranges = torch.stack([torch.stack([*a.aminmax(), *kl.aminmax()]) for a, kl in self._chunks(split)])
-        low, kl_low = ranges.amin(0)[[0, 2]]
-        high, kl_high = ranges.amax(0)[[1, 3]]
-        ratio = (high - low) / (kl_high - kl_low).clamp_min(1e-12)
-        parts = []
-        for affinity, kl in self._chunks(split):  # computed again: keeping all of them would need n x m numbers twice
-            rescaled = low + ratio * (kl - kl_low)
-            parts.append(class_sums(kernel(affinity, self.sharpness) - self.gamma * rescaled, self.counts_))
-        return torch.cat(parts)
+        return next(self.logits_grid(split, [{}]))
 
     def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
-        """Logits under each setting; what they share is computed once, where n x m numbers fit thrice."""
-        if len(split) * len(self.keys_) > GRID:
-            yield from super().logits_grid(split, settings)
-            return
-        images, captions, kl = self._comparisons(split)
-        kl_low, kl_high = kl.aminmax()
-        kl_sums, caches = class_sums(kl, self.counts_), {}
-        for copy in (self.with_params(**setting) for setting in settings):
-            key = copy.sharpness, copy.delta
-            if key not in caches:
-                affinity = torch.lerp(images, captions, copy.delta)
-                caches[key] = class_sums(kernel(affinity, copy.sharpness), self.counts_), *affinity.aminmax()
-            cache_logits, low, high = caches[key]
-            ratio = (high - low) / (kl_high - kl_low).clamp_min(1e-12)
-            yield cache_logits - copy.gamma * (self.counts_ * (low - ratio * kl_low) + ratio * kl_sums)
-
-    def _chunks(self, split: Split) -> Iterator[tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]]:
-        """Affinities and divergences of some rows at a time."""
+        """Logits under each setting from one pass over the split; `rescale` is linear, and so are sums over classes."""
+        copies = [self.with_params(**setting) for setting in settings]
+        divergences, caches = [], {(copy.sharpness, copy.delta): [] for copy in copies}
         for rows in torch.arange(len(split)).split(CHUNK):
             images, captions, kl = self._comparisons(split.rows(rows))
-            yield torch.lerp(images, captions, self.delta), kl
+            divergences.append((class_sums(kl, self.counts_), *kl.aminmax()))
+            for (sharpness, delta), parts in caches.items():
+                affinity = torch.lerp(images, captions, delta)
+                parts.append((class_sums(kernel(affinity, sharpness), self.counts_), *affinity.aminmax()))
+        kl_sums, kl_low, kl_high = _join(divergences)
+        joined = {key: _join(parts) for key, parts in caches.items()}
+        for copy in copies:
+            cache_logits, low, high = joined[copy.sharpness, copy.delta]
+            ratio = (high - low) / (kl_high - kl_low).clamp_min(1e-12)
+            yield cache_logits - copy.gamma * (self.counts_ * (low - ratio * kl_low) + ratio * kl_sums)
 
     def _comparisons(self, split: Split) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Float[Tensor, "n m"]]:
         """Affinity of each row to the support's images and captions, divergence from its predictions."""
@@ -94,6 +78,12 @@ class MAdapter(Predictor):
 
     def _log_predictions(self, split: Split) -> Float[Tensor, "n C"]:
         return (split.zero_shot / (LOGIT_SCALE * self.temperature)).log_softmax(1)
+
+
+def _join(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, smallest and largest value of all chunks."""
+    rows, low, high = zip(*parts, strict=True)
+    return torch.cat(rows), torch.stack(low).min(), torch.stack(high).max()
 
 
 @dataclass(eq=False)
