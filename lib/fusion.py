@@ -42,8 +42,7 @@ def kurtosis(values: Float[Tensor, "n C"]) -> Float[Tensor, " n"]:
 
     About C for a one-hot row, ((C-1)/C)^2 for the flattest; a constant row, which has none, gets that of the flattest.
     """
-    flattest = ((values.shape[-1] - 1) / values.shape[-1]) ** 2
-    return standardise(values).pow(4).mean(dim=-1).clamp_min(flattest)
+    return standardise(values).pow(4).mean(dim=-1).clamp_min((1 - 1 / values.shape[-1]) ** 2)
 
 
 # Numbers that grow with how peaked a row of zero-shot logits, or of their softmax, is.
@@ -258,9 +257,11 @@ def accuracy_over_beta(
         return [accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
     first, last = (predictions(rule(zero_shot, bias, beta=end), classes) for end in (min(betas), max(betas)))
     always, rows = int(((first == last) & (first == y)).sum()), (first != last) & (y >= 0)
+    if not rows.any():
+        return [always / labelled] * len(betas)
     s0, b, y = zero_shot[rows], bias[rows], y[rows]
     columns = torch.arange(b.shape[1]) if classes is None else classes
-    parts = torch.tensor(betas, dtype=b.dtype)[:, None, None].split(1 + 2**22 // (1 + b.numel()))
+    parts = torch.tensor(betas, dtype=b.dtype)[:, None, None].split(max(1, 2**22 // b.numel()))
     counts = torch.cat([(columns[rule(s0, b, beta=part)[..., columns].argmax(-1)] == y).sum(-1) for part in parts])
     return [(always + count) / labelled for count in counts.tolist()]
 

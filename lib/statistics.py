@@ -22,17 +22,13 @@ def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float
 
 
 def interval_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy and half-width of its 95 % interval over seeds, in %, per label and number of shots.
+    """`mean` accuracy over seeds and `half`-width of its 95 % interval, in %, per `label` and number of `shots`.
 
-    Args:
-        results: rows with `label`, `shots` and `accuracy` in [0, 1], one per seed; one seed has half-width NaN.
+    `results` has a row per seed with `label`, `shots` and `accuracy` in [0, 1]; one seed has half-width NaN.
     """
-    rows = [
-        {"label": label, "shots": shots, "mean": 100 * mean, "half": 100 * half}
-        for (label, shots), group in results.groupby(["label", "shots"], sort=False)
-        for mean, half in [mean_interval(group["accuracy"])]
-    ]
-    return pd.DataFrame(rows)
+    groups = results.groupby(["label", "shots"], sort=False)["accuracy"]
+    table = groups.apply(lambda accuracy: pd.Series(mean_interval(100 * accuracy), ["mean", "half"]))
+    return table.unstack().reset_index()
 
 
 def paired_bootstrap(
@@ -67,9 +63,10 @@ def paired(first: Sequence[float] | pd.Series, second: Sequence[float] | pd.Seri
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     mean, half = mean_interval(gap)
-    p = math.nan if len(gap) < 2 else float(np.ptp(gap) == 0 and mean == 0)
     if len(gap) > 1 and np.ptp(gap) > 0:
         p = float(stats.ttest_1samp(gap, 0.0).pvalue)
+    else:
+        p = math.nan if len(gap) < 2 else float(mean == 0)  # one seed; or one difference in all
     return {"difference": mean, "half": half, "p": p}
 
 
@@ -160,15 +157,8 @@ def shapley(value: Callable[[frozenset[str]], float], players: Sequence[str]) ->
     n, values = len(players), {}
     for size in range(n + 1):
         values |= {frozenset(c): value(frozenset(c)) for c in combinations(players, size)}
-    contributions = {}
-    for player in players:
-        others = [p for p in players if p != player]
-        contributions[player] = sum(
-            (values[frozenset(c) | {player}] - values[frozenset(c)])
-            * math.factorial(size)
-            * math.factorial(n - size - 1)
-            / math.factorial(n)
-            for size in range(n)
-            for c in combinations(others, size)
-        )
-    return contributions
+    weights = [math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n) for size in range(n)]
+    return {
+        player: sum(weights[len(c)] * (values[c | {player}] - values[c]) for c in values if player not in c)
+        for player in players
+    }

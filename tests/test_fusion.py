@@ -163,11 +163,15 @@ def test_accuracy_over_beta_is_the_plain_loop(rule, ties, logits):
     if ties:  # whole numbers meet exactly, at whole betas and along whole rows
         zero_shot, bias = zero_shot.round(), bias.round()
     betas = [0.0, 1.0, 2.0, *torch.logspace(-4, 3, 60).tolist()]
-    ours = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert ours == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
     y, classes = y.where(y < 5, -1), torch.tensor([4, 0, 1, 3])
-    ours = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas, classes)
-    assert ours == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas, classes)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
+    same = [0.0, 1e-9, 2e-9, 3e-9]  # no prediction changes
+    assert fusion.accuracy_over_beta(rule, zero_shot, bias, y, same) == [
+        metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in same
+    ]
 
 
 def test_accuracy_over_beta_calls_the_rule_on_the_changing_rows_alone(logits):
@@ -189,17 +193,19 @@ def test_accuracy_over_beta_calls_the_rule_on_the_changing_rows_alone(logits):
 
 def test_accuracy_over_beta_is_nan_without_labelled_images(logits):
     zero_shot, bias, y = logits
-    ours = fusion.accuracy_over_beta(fusion.additive, zero_shot, bias, torch.full_like(y, -1), [0.0, 1.0, 2.0, 3.0])
-    assert len(ours) == 4 and all(map(math.isnan, ours))
+    accuracies = fusion.accuracy_over_beta(
+        fusion.additive, zero_shot, bias, torch.full_like(y, -1), [0.0, 1.0, 2.0, 3.0]
+    )
+    assert len(accuracies) == 4 and all(map(math.isnan, accuracies))
 
 
 def test_accuracy_over_beta_takes_rules_with_their_settings(logits):
     zero_shot, bias, y = logits
     rule = partial(fusion.uncertain, confidence="max", rho=1.0)
     betas = torch.linspace(0, 50, 30).tolist()
-    ours = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert ours == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
-    assert len(set(ours)) > 3
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    assert len(set(accuracies)) > 3
 
 
 @pytest.mark.parametrize(
