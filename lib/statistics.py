@@ -26,9 +26,11 @@ def interval_table(results: pd.DataFrame) -> pd.DataFrame:
 
     `results` has a row per seed with `label`, `shots` and `accuracy` in [0, 1]; one seed has half-width NaN.
     """
-    groups = results.groupby(["label", "shots"], sort=False)["accuracy"]
-    table = groups.apply(lambda accuracy: pd.Series(mean_interval(100 * accuracy), ["mean", "half"]))
-    return table.unstack().reset_index()
+    rows = [
+        (label, shots, *mean_interval(100 * group["accuracy"]))
+        for (label, shots), group in results.groupby(["label", "shots"], sort=False)
+    ]
+    return pd.DataFrame(rows, columns=["label", "shots", "mean", "half"])
 
 
 def paired_bootstrap(

@@ -51,9 +51,10 @@ def test_mean_ranks_and_cliques():
 
 
 def test_interval_table_has_a_row_per_label_and_shots_and_no_interval_for_one_seed():
-    results = pd.DataFrame([("b", 1, 0.5), ("b", 1, 0.7), ("a", 4, 0.9)], columns=["label", "shots", "accuracy"])
+    results = [("b", 1, 0.5), ("b", 1, 0.7), ("a", 4, 0.9), ("b", 4, 0.8)]
+    results = pd.DataFrame(results, columns=["label", "shots", "accuracy"])
     table = statistics.interval_table(results).set_index(["label", "shots"])
-    assert table.index.tolist() == [("b", 1), ("a", 4)]
+    assert table.index.tolist() == [("b", 1), ("a", 4), ("b", 4)], "in the order of the results"
     mean, half = statistics.mean_interval([0.5, 0.7])
     assert table.loc[("b", 1)].tolist() == pytest.approx([100 * mean, 100 * half])
     assert table.loc[("a", 4), "mean"] == pytest.approx(90) and math.isnan(table.loc[("a", 4), "half"])
