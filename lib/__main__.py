@@ -30,8 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("--lenient", action="store_true", help="leave out parameters that this notebook does not have")
     add = command(_summary, "print the table of the last run of notebook 05")
     add("folder", type=Path, nargs="?", default=Path("runs"))
-    add = command(_figures, "bring the figures of a whole run into the gallery, figures/")
-    add("folder", type=Path, nargs="?", default=Path("runs"))
     add = command(_encoders, "list the encoders by name")
     add("parts", nargs="*", help="show names that contain all of these, such as: timm dino")
     add = command(_datasets, "say which data sets are here, and how to get the others")
@@ -70,10 +68,6 @@ def _typed(text: str, type_: type) -> object:
         return {"true": True, "false": False}.get(text.lower(), text) if type_ is bool else type_(text)
     except ValueError:
         return text
-
-
-def _figures(folder: Path) -> None:
-    print(f"figures/: {', '.join(runs.fill_gallery(folder))}")
 
 
 def _summary(folder: Path) -> None:

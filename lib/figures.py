@@ -27,28 +27,16 @@ ACCENT = "#c8321e"
 GREY = "#6e6e6e"
 
 # Okabe and Ito's palette, told apart in greyscale by the markers; families of methods share a hue.
+# fmt: off
 STYLES: dict[str, tuple[str, str]] = {
-    "zero_shot": (GREY, "_"),
-    "linear_probe": ("#000000", "x"),
-    "aux_only": ("#0072b2", "s"),
-    "amu": (ACCENT, "o"),
-    "amu_code": ("#e08a7e", "D"),
-    "amu_convex": ("#7a1d10", "^"),
-    "tip_adapter": ("#009e73", "v"),
-    "tip_adapter_f": ("#00634a", "^"),
-    "cafo": ("#56b4e9", "p"),
-    "clip_adapter": ("#b58900", "<"),
-    "taskres": ("#e69f00", ">"),
-    "text_probe": ("#8c6d1f", "1"),
-    "cross_modal": ("#b8902a", "2"),
-    "gda": ("#7b3294", "P"),
-    "ape": ("#3fa58a", "*"),
-    "lp_plus_plus": ("#4d4d4d", "X"),
-    "clap": ("#cc79a7", "h"),
-    "proker": ("#4f86b8", "d"),
-    "m_adapter": ("#1b9e77", "3"),
-    "transclip": ("#9e5ea8", "4"),
+    "zero_shot": (GREY, "_"), "linear_probe": ("#000000", "x"), "aux_only": ("#0072b2", "s"), "amu": (ACCENT, "o"),
+    "amu_code": ("#e08a7e", "D"), "amu_convex": ("#7a1d10", "^"), "tip_adapter": ("#009e73", "v"),
+    "tip_adapter_f": ("#00634a", "^"), "cafo": ("#56b4e9", "p"), "clip_adapter": ("#b58900", "<"),
+    "taskres": ("#e69f00", ">"), "text_probe": ("#8c6d1f", "1"), "cross_modal": ("#b8902a", "2"),
+    "gda": ("#7b3294", "P"), "ape": ("#3fa58a", "*"), "lp_plus_plus": ("#4d4d4d", "X"), "clap": ("#cc79a7", "h"),
+    "proker": ("#4f86b8", "d"), "m_adapter": ("#1b9e77", "3"), "transclip": ("#9e5ea8", "4"),
 }
+# fmt: on
 # A predictor looks like the method that made it known.
 STYLES |= {"head": STYLES["amu"], "cache": STYLES["tip_adapter"], "trained_cache": STYLES["tip_adapter_f"]}
 STYLES |= {"convex_head": STYLES["amu_convex"], "mlp": ("#5d4037", "H")}
@@ -212,42 +200,3 @@ def heat_map(
     sns.heatmap(table.astype(float), ax=ax, annot=numbers, fmt="", annot_kws={"fontsize": 6}, cbar=False, **look)
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, rotation=0)
-
-
-def critical_difference(
-    ax: Axes,
-    ranks: pd.Series,  # of each method, 1 is best
-    difference: float,  # Nemenyi's, drawn as a scale bar
-    groups: Sequence[Sequence[str]],  # of methods within the difference, see `statistics.cliques`
-    labels: Mapping[str, tuple[str, str]],  # method -> (text, colour)
-) -> None:
-    """Draw mean ranks on a line, best to the right; bars join methods that the ranks cannot tell apart."""
-    names = list(ranks.sort_values().index)
-    half = (len(names) + 1) // 2
-    ax.set(xlim=(len(names) + 0.5, 0.5), ylim=(-half - 1.5 - 0.45 * len(groups), 2.2))
-    ax.axis("off")
-    ax.plot([1, len(names)], [0, 0], color="k", lw=0.8)
-    for tick in range(1, len(names) + 1):
-        ax.plot([tick, tick], [0, 0.25], color="k", lw=0.8)
-        ax.text(tick, 0.45, str(tick), ha="center", va="bottom", fontsize=6)
-    ax.plot([1, 1 + difference], [1.7, 1.7], color="k", lw=1.5)
-    ax.text(1 + difference / 2, 1.8, f"critical difference {difference:.1f}", ha="center", va="bottom", fontsize=6)
-    depth = 0.45 * len(groups)
-    for level, group in enumerate(groups):
-        ends = [ranks[group[0]] - 0.1, ranks[group[-1]] + 0.1]
-        ax.plot(ends, [-0.35 - 0.45 * level] * 2, color="k", lw=2.5, solid_capstyle="round")
-    for place, name in enumerate(names):
-        text, ink = labels[name]
-        best = place < half
-        y = -depth - 1 - (place if best else len(names) - 1 - place)
-        edge = 0.5 if best else len(names) + 0.5
-        ax.plot([ranks[name], ranks[name], edge], [0, y, y], color=ink, lw=0.8)
-        words = f"{ranks[name]:.1f}  {text}" if best else f"{text}  {ranks[name]:.1f}"
-        look = {
-            "ha": "left" if best else "right",
-            "va": "center",
-            "fontsize": 7,
-            "color": ink,
-            "annotation_clip": False,
-        }
-        ax.annotate(words, (edge, y), xytext=(3 if best else -3, 0), textcoords="offset points", **look)

@@ -98,7 +98,8 @@ METHODS: dict[str, Entry] = {
         defaults={"beta": 0.1}, post_grid={"beta": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
     "ape": Entry("APE", predictors.APE, fusion.additive,
         "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml", post_grid={
-            "gamma": steps(0.0, 1.0, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 7.0, 20, 1.0)}),
+            "gamma": steps(0.0, 1.0, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 7.0, 20, 1.0),
+        }),
     "lp_plus_plus": Entry("LP++", predictors.LPPlusPlus, fusion.replace,
         "arXiv 2404.02285; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline"),
     "clap": Entry("CLAP", predictors.TextProbe, fusion.replace, "arXiv 2312.12730; repository jusiro/CLAP",

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.files import ROOT, nearest, replace_file, write_json
+from lib.files import ROOT, nearest, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 NOTEBOOKS = ROOT / "notebooks"
 VERSIONED = ("torch", "open_clip_torch", "timm", "numpy", "scikit-learn", "papermill")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-BENCH = "bench"  # tests/bench.py, whose run lies beside those of the notebooks
 TIMEOUT_S = 3600  # per cell; a cell that takes longer hangs
 
 
@@ -56,7 +55,7 @@ def declared(notebook: str) -> dict[str, tuple[type, object]]:
 
     Every line of that cell is an annotated literal, `shots: int = 16  # images per class`.
     """
-    cells = _read(notebook_path(notebook))["cells"]
+    cells = read_json(notebook_path(notebook))["cells"]
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{notebook}: needs one cell tagged 'parameters', has {len(tagged)}")
@@ -81,9 +80,11 @@ def check_parameters(notebook: str, given: Mapping[str, object]) -> dict[str, ob
 
 def commit() -> str:
     """Commit of the workbook, with `+` where files differ from it, the gallery aside; empty outside a checkout."""
-    command = ["git", "status", "--porcelain=v2", "--branch", "--", ".", ":(exclude)figures"]
+    command = "git status --porcelain=v2 --branch -- . :(exclude)figures/*.*g :(exclude)figures/*.json"
     try:
-        lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            command.split(), cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return ""
     return lines[0].removeprefix("# branch.oid ") + "+" * any(not line.startswith("#") for line in lines)
@@ -138,9 +139,8 @@ def start(notebook: str, namespace: MutableMapping[str, object]) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (folder / "metrics.json", *(folder / "figures").glob(f"{notebook[:2]}_*")):
         stale.unlink(missing_ok=True)
-    print(
-        f"{notebook} -> {os.path.relpath(folder, ROOT)}", *(f"{k} = {v!r}" for k, v in parameters.items()), sep="\n  "
-    )
+    lines = (f"{name} = {value!r}" for name, value in parameters.items())
+    print(f"{notebook} -> {os.path.relpath(folder, ROOT)}", *lines, sep="\n  ")
     return Run(notebook, parameters, folder)
 
 
@@ -168,48 +168,16 @@ def execute(notebook: str, parameters: Mapping[str, object], folder: Path, attem
                 raise
     if not (folder / "metrics.json").exists():
         raise RuntimeError(f"{notebook} ended without a record; see {output}")
-    return _read(folder / "metrics.json")
+    return read_json(folder / "metrics.json")
 
 
-def _read(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_records(folder: Path) -> list[dict]:
     """Records of all finished runs below a folder, in the order of their paths."""
-    return [_read(path) for path in sorted(folder.rglob("metrics.json"))]
-
-
-def fill_gallery(folder: Path, gallery: Path = ROOT / "figures") -> list[str]:
-    """Names of the gallery's figures, copied from one run of the whole workbook; `index.json` says where each is from.
-
-    Refused unless all notebooks ran with their defaults at this commit. Figures that no run drew are removed; the
-    benchmark's stays where it has not run again.
-    """
-    here, wanted = commit(), {name: {k: v for k, (_, v) in declared(name).items()} for name in notebooks()}
-    records = {path.parent.name: _read(path) for path in folder.glob("*/metrics.json")}
-    wanted |= {BENCH: {"quick": False}} if BENCH in records else {}
-    problems = [] if here and not here.endswith("+") else ["files differ from the commit"]
-    for name, defaults in wanted.items():
-        if (record := records.get(name)) is None:
-            problems.append(f"{name} has not finished")
-        elif record["commit"].endswith("+") or (record["commit"] != here and name != BENCH):
-            problems.append(f"{name} ran at {record['commit'] or 'no commit'}, not {here}")
-        elif other := [f"{k}={v!r}" for k, v in record["parameters"].items() if (k, v) not in defaults.items()]:
-            problems.append(f"{name} ran with {', '.join(other)}")
-    if problems:
-        raise ValueError(f"no gallery from {folder}: {'; '.join(problems)}")
-    path = gallery / "index.json"
-    index = _read(path) if path.exists() and BENCH not in records else {}
-    index = {name: entry for name, entry in index.items() if entry["notebook"] == BENCH}
-    for name in wanted:
-        for drawn in sorted((folder / name / "figures").glob("*.[ps][nv]g")):
-            replace_file(gallery / drawn.name, lambda stream, drawn=drawn: stream.write(drawn.read_bytes()))
-            index[drawn.stem] = {k: records[name][k] for k in ("notebook", "parameters", "commit", "fingerprints")}
-    for old in (p for p in gallery.glob("*.[ps][nv]g") if p.stem not in index):
-        old.unlink()
-    write_json(path, dict(sorted(index.items())))
-    return sorted(index)
+    return [read_json(path) for path in sorted(folder.rglob("metrics.json"))]
 
 
 def published_backbone(encoder: str) -> str:

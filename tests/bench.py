@@ -303,12 +303,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, draw `speed` and leave a record, the last thing written."""
     parser = argparse.ArgumentParser(description="how fast the workbook is, against plain loops")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: no numbers to report")
-    parser.add_argument("--folder", type=Path, default=runs.ROOT / "runs" / runs.BENCH)
+    parser.add_argument("--folder", type=Path, default=runs.ROOT / "runs" / "bench")
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else FULL
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "metrics.json").unlink(missing_ok=True)
-    run = runs.Run(runs.BENCH, {"quick": options.quick}, options.folder)
+    run = runs.Run("bench", {"quick": options.quick}, options.folder)
     before = torch.get_num_threads()
     torch.set_num_threads(size["threads"])
     host = machine(size["square"])

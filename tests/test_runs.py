@@ -6,6 +6,7 @@ import re
 import subprocess
 from types import SimpleNamespace
 
+import collect
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
@@ -190,7 +191,7 @@ def finish(root, name, given=(), figure="98_plane", **facts):
 def test_the_gallery_is_what_the_runs_drew(workbook, tmp_path):
     finish(tmp_path, workbook)
     gallery = tmp_path / "figures"
-    assert runs.fill_gallery(tmp_path / "runs", gallery) == ["98_plane", "speed"]
+    assert collect.collect(tmp_path / "runs", gallery) == ["98_plane", "speed"]
     names = sorted(path.name for path in gallery.iterdir())
     assert names == ["98_plane.png", "98_plane.svg", "index.json", "speed.svg"], "the stale figure is gone"
     index = json.loads((gallery / "index.json").read_text())
@@ -200,7 +201,7 @@ def test_the_gallery_is_what_the_runs_drew(workbook, tmp_path):
     }
     assert index["speed"]["commit"] == "earlier", "no benchmark has run here"
     finish(tmp_path, "bench", figure="speed", commit="any commit")
-    runs.fill_gallery(tmp_path / "runs", gallery)
+    collect.collect(tmp_path / "runs", gallery)
     assert (gallery / "speed.svg").read_text() == "drawn as svg"
     assert json.loads((gallery / "index.json").read_text())["speed"]["commit"] == "any commit"
     assert not runs.commit().endswith("+"), "the gallery itself is no change of the code"
@@ -219,7 +220,7 @@ def test_the_gallery_refuses_other_runs_and_stays_as_it_is(workbook, tmp_path, f
     if facts is not None:
         finish(tmp_path, workbook, **facts)
     with pytest.raises(ValueError, match=message):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
     assert git(tmp_path, "status", "--porcelain") == ""
 
 
@@ -227,13 +228,13 @@ def test_the_gallery_refuses_changed_files_and_quick_benchmarks(workbook, tmp_pa
     finish(tmp_path, workbook)
     finish(tmp_path, "bench", {"quick": True}, figure="speed")
     with pytest.raises(ValueError, match="bench ran with quick=True"):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
     finish(tmp_path, "bench", figure="speed", commit="0123+")
     with pytest.raises(ValueError, match=r"bench ran at 0123\+"):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
     (tmp_path / "new.py").touch()
     with pytest.raises(ValueError, match="files differ from the commit"):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
 
 
 def test_a_record_names_the_commit_that_its_run_started_at(workbook, tmp_path):

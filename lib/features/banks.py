@@ -141,23 +141,15 @@ def _open_bank(folder: Path, _: tuple[tuple[str, int, int], ...]) -> FeatureBank
 def save_bank(
     path: str | Path,
     *,
-    clip: Arrays,
-    labels: Mapping[str, Array],
+    clip: Arrays,  # names start with `clip`, those of `aux` with `aux`
+    labels: Mapping[str, Array],  # split to labels, integers of any width
     class_names: Iterable[str],
     aux: Arrays | None = None,
-    text: Mapping[str, Array] | None = None,
+    text: Mapping[str, Array] | None = None,  # CLIP encoder name to text features
     name: str = "",
-    **meta: object,
+    **meta: object,  # further entries of meta.json
 ) -> Path:
-    """Write a bank from tensors or numpy arrays, read it back, and only then give it its name.
-
-    Args:
-        path: a folder that does not exist yet, or is empty.
-        clip, aux: encoder name to split to features; names start with `clip` and `aux`.
-        labels: split to labels, integers of any width.
-        text: CLIP encoder name to text features.
-        meta: further entries of meta.json.
-    """
+    """Write a bank from tensors or numpy arrays into a new folder, read it back, and only then give it its name."""
     path, aux, text = Path(path).absolute(), aux or {}, text or {}
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is not empty; a bank is written into a new folder")

@@ -98,15 +98,11 @@ def load(name: str, root: Path | None = None) -> Dataset:
 
 
 def prompts(choice: str | Prompts | None, dataset: Dataset) -> Prompts:
-    """The prompts that a name stands for.
+    """Templates with one `{}`, or sentences for every class name of the data set.
 
-    Args:
-        choice: None for the data set's own templates; `7` or `80` for the ensembles of OpenAI's ImageNet notebook; the
-            path of a text file (a template a line) or a JSON file (a list of templates, or class name to sentences);
-            or the templates or sentences themselves.
-
-    Returns:
-        Templates with one `{}`, or sentences for every class name of the data set.
+    `choice` is None for the data set's own templates; `7` or `80` for the ensembles of OpenAI's ImageNet notebook; the
+    path of a text file (a template a line) or a JSON file (a list of templates, or class name to sentences); or the
+    templates or sentences themselves.
     """
     if choice is None:
         return dataset.templates

@@ -79,11 +79,9 @@ class Encoder:
 
 
 def load_encoder(name: str, device: str = "auto", precision: str = "fp32") -> Encoder:
-    """An encoder with its weights.
+    """An encoder with its weights, in `fp32`, or in `bf16` by autocast; features are float32 either way.
 
-    Args:
-        device: `auto` takes CUDA, then Apple's MPS, then the CPU; or a device of torch.
-        precision: `fp32`, or `bf16` for autocast; features are float32 either way.
+    A `device` of torch, or `auto`: CUDA, then Apple's MPS, then the CPU.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")

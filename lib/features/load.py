@@ -58,29 +58,19 @@ def load(dataset: str, split: str, encoder: str, **options: Any) -> Features:
 
 
 def load_many(
-    dataset: str,
+    dataset: str,  # a name of `datasets`, or `features:PATH`, whose `encoders` are its files
     split: str,
     encoders: Sequence[str],
     *,
-    views: int = 1,
-    device: str = "auto",
+    views: int = 1,  # 1: the plain image; V > 1: V random crops and flips, and `x` of shape [V, n, D]
+    device: str = "auto",  # this and `precision`: see `encoders.load_encoder`
     precision: str = "fp32",
-    batch_size: int = 64,
-    num_workers: int = 0,
-    cache: Path | None = None,
-    quarantine: bool = False,
+    batch_size: int = 64,  # network inputs at once, views included
+    num_workers: int = 0,  # processes that decode; 0: decode here
+    cache: Path | None = None,  # see `files.cache_root`
+    quarantine: bool = False,  # leave out images that cannot be decoded, with their labels, instead of stopping
 ) -> tuple[Features, ...]:
-    """Features of a split under several encoders; what is not cached is extracted in one pass over the images.
-
-    Args:
-        dataset: a name of `datasets`, or `features:PATH`, whose `encoders` are its files.
-        views: 1 for the plain image; V > 1 for V random crops and flips, and `x` of shape [V, n, D].
-        device, precision: see `encoders.load_encoder`.
-        batch_size: network inputs at once, views included.
-        num_workers: processes that decode; 0 decodes here.
-        cache: the cache's folder; see `files.cache_root`.
-        quarantine: leave out images that cannot be decoded, with their labels, instead of stopping at the first.
-    """
+    """Features of a split under several encoders; what is not cached is extracted in one pass over the images."""
     if views < 1 or batch_size < 1:
         raise ValueError(f"views and batch_size are 1 or more, not {views} and {batch_size}")
     if dataset.startswith("features:"):
@@ -106,20 +96,15 @@ def load_many(
 
 
 def load_text(
-    dataset: str,
+    dataset: str,  # a name of `datasets`, or `features:PATH`, whose own text features are read
     encoder: str,
-    templates: str | datasets.Prompts | None = None,
+    templates: str | datasets.Prompts | None = None,  # None: the data set's own; otherwise see `datasets.prompts`
     *,
     device: str = "auto",
     precision: str = "fp32",
     cache: Path | None = None,
 ) -> TextFeatures:
-    """A data set's class features: the mean of the normalised embeddings of its prompts, normalised.
-
-    Args:
-        dataset: a name of `datasets`, or `features:PATH`, whose own text features are read.
-        templates: None for the data set's own; otherwise see `datasets.prompts`.
-    """
+    """A data set's class features: the mean of the normalised embeddings of its prompts, normalised."""
     if dataset.startswith("features:"):
         if templates is not None:
             raise ValueError(f"{dataset} holds text features already made; templates cannot be chosen")
