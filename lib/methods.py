@@ -97,8 +97,9 @@ METHODS: dict[str, Entry] = {
     "gda": Entry("GDA", predictors.GDA, fusion.additive, "arXiv 2402.04087; repository mrflogs/ICLR24",
         defaults={"beta": 0.1}, post_grid={"beta": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
     "ape": Entry("APE", predictors.APE, fusion.additive,
-        "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml", post_grid={
-            "gamma": steps(0, 1, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 7.0, 20, 1.0)}),
+        "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
+        post_grid={"gamma": steps(0.0, 1.0, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0),
+            "beta": steps(0.1, 7.0, 20, 1.0)}),
     "lp_plus_plus": Entry("LP++", predictors.LPPlusPlus, fusion.replace,
         "arXiv 2404.02285; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline"),
     "clap": Entry("CLAP", predictors.TextProbe, fusion.replace, "arXiv 2312.12730; repository jusiro/CLAP",
@@ -107,9 +108,8 @@ METHODS: dict[str, Entry] = {
         "arXiv 2501.11175; repository ybendou/ProKeR at 035b684, whose grid has 20 values of sharpness",
         fit_grid={"sharpness": steps(0.5, 3.5, 6, 1.0), "penalty": steps(0.001, 1.11, 10, 0.1)}),
     "m_adapter": Entry("M-Adapter", predictors.MAdapter, fusion.additive,
-        "arXiv 2405.16591; repository WLuLi/CapS-Adapter; the grid is ours", post_grid={
-            "sharpness": (1.0, 3.0, 5.5, 8.0), "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6),
-            "beta": steps(0.1, 5.0, 20, 1.0)}),
+        "arXiv 2405.16591; repository WLuLi/CapS-Adapter; our grid", post_grid={"sharpness": (1.0, 3.0, 5.5, 8.0),
+            "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6), "beta": steps(0.1, 5.0, 20, 1.0)}),
     "transclip": Entry("TransCLIP", predictors.TransCLIP, fusion.replace,
         "arXiv 2406.01837; repository MaxZanella/transduction-for-vlms", post_grid={"gamma": (0.002, 0.01, 0.02, 0.2)}),
     "aux_only": Entry("Auxiliary only", predictors.MultiBranchHead, fusion.replace,
