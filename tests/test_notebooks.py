@@ -16,7 +16,7 @@ SMALL = {
         "epochs": 8,
         "only": "linear_probe,gda,mlp,cache,proker,lp_plus_plus,text_probe",
     },
-    "04_compare_logit_fusions": {"dataset": "digits", "shots": 4, "seeds": 2, "epochs": 8, "subsets": 1},
+    "04_compare_logit_fusions": {"dataset": "digits", "shots": 4, "seeds": 2, "epochs": 8},
     "05_tune_amu": {"shots": 4, "seeds": 2, "epochs": 4},
     "06_benchmark_methods": {
         "datasets": "digits",
@@ -125,14 +125,23 @@ def test_04_compare_logit_fusions(record, request, real):
     if real:
         given = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2", "shots": 2}
     metrics = record("04_compare_logit_fusions", **given)
-    accuracy = metrics["accuracy"]
-    assert set(accuracy) == {*fusion.FUSIONS, "zero-shot"}
-    assert accuracy["zero-shot"] + 0.5 < accuracy["fixed"] <= metrics["either"]
-    assert accuracy["wise"] == pytest.approx(accuracy["fixed"], abs=0.1), "one family, two ways to write beta"
-    assert all(row["hindsight"] >= -1e-4 for row in metrics["weighted"].values()), "rho = 0 is among the choices"
+    accuracy, weights = metrics["accuracy"], metrics["weights"]
+    assert set(accuracy) == {*fusion.FUSIONS, "zero-shot", "additive (β by cross-entropy)"}
+    assert accuracy["zero-shot"] + 0.5 < accuracy["additive"] <= metrics["either"]
+    assert metrics["wise_differs"] < 0.1 and "wise" not in metrics["against_additive"], "additive once more"
+    gain = accuracy["uncertain"] - accuracy["additive"]
+    assert weights["kurtosis (AMU)"]["chosen"][0] == pytest.approx(gain, abs=1e-6), "one number for one thing"
+    for name, row in weights.items():
+        assert row["weight"][0] + row["beta"][0] == pytest.approx(row["chosen"][0], abs=1e-6), name
+    assert set(metrics["weight_verdicts"].values()) <= {"better", "worse", "tie"}
+    assert weights["errors known"]["hindsight"][0] > weights["kurtosis, shuffled"]["hindsight"][0]
+    assert all(best >= 0 for best, rho in metrics["best_in_hindsight"].values()), "rho = 0 is among the choices"
     assert min(metrics["optimism"].values()) >= 0
+    for name, left in metrics["optimism_left"].items():
+        assert left == pytest.approx(metrics["optimism"][name] - metrics["optimism"]["additive"], abs=1e-6)
     auroc = {name: row["errors"] for name, row in metrics["auroc"].items()}
     assert auroc["entropy"] > 0.6 and auroc["std of probabilities"] < 0.4, "the released std is a confidence"
+    assert auroc["entropy"] > auroc["kurtosis of logits"]
     factor = metrics["one_hot_factor"]
     assert [factor[n] for n in ("10", "100", "1000")] == pytest.approx([4.29, 1.47, 0.575], abs=0.005)
 
