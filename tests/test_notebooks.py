@@ -8,7 +8,7 @@ from lib import fusion, runs, tasks
 SMALL = {
     "00_extract_features": {"picture": 200},
     "01_state_the_logit_bias": {},
-    "02_compare_logit_features": {"shots": 4, "seeds": 2, "epochs": 6, "pairs": 1},
+    "02_compare_logit_features": {"shots": 4, "seeds": 2, "epochs": 6},
     "03_compare_logit_predictors": {
         "dataset": "digits",
         "shots": 2,
@@ -66,23 +66,35 @@ def test_01_state_the_logit_bias(record):
 def test_02_compare_logit_features(record):
     metrics = record("02_compare_logit_features")
     encoders, itself = metrics["encoders"], "CLIP itself"
-    assert set(encoders) == {*tasks.EMBEDDED_AUX, itself}
-    assert encoders["embedded:random"]["SUP"] < encoders["embedded:supervised"]["SUP"]
+    assert set(encoders) == {*tasks.encoders("shapes")[1], itself}
     assert all(0 <= row["CMY"] <= 2 for row in encoders.values())
     assert min(encoders, key=lambda name: encoders[name]["CMY centred"]) == itself, "most like s0"
-    assert metrics["kept_joint"][itself] < metrics["kept_two_branches"][itself] < 1.05
-    assert all(lost >= 0 for lost in metrics["points_lost"].values())
-    assert all(-1 <= rho <= 1 for rho in metrics["rank_correlation"].values())
-    assert all(row[name] == pytest.approx(1) for name, row in metrics["cka"].items())
+    assert metrics["best"] == max(encoders, key=lambda name: encoders[name]["gain"]) != itself
+    assert encoders[metrics["best"]]["gain"] > 2
+    for pool in ("with CLIP", "without CLIP"):
+        assert all(lost >= 0 for lost in metrics["lost"][pool].values())
+        assert all(rho is None or -1 <= rho <= 1 for rho in metrics["rho"][pool].values())
+        assert metrics["lost"][pool]["the paper's rule"] < metrics["lost"][pool]["a random candidate"]
+        earned = metrics["lost"][pool]["superiority"] - metrics["lost"][pool]["the paper's rule"]
+        assert metrics["complementarity_earns"][pool]["difference"] == pytest.approx(earned)
+    assert metrics["took"]["with CLIP"]["superiority"] > metrics["took"]["with CLIP"]["the paper's rule"] == 0
+    assert len(metrics["pairs"]) == 2 * (len(encoders) - 2), "two ways to join each other encoder"
+    assert {row["verdict"] for row in metrics["pairs"].values()} <= {"better", "worse", "tie"}
 
 
 def test_02_compare_logit_features_on_a_bank_of_real_features(record, caltech70):
-    metrics = record("02_compare_logit_features", dataset=f"features:{caltech70}", shots=2, pairs=0)
+    metrics = record("02_compare_logit_features", dataset=f"features:{caltech70}", shots=2)
     encoders = metrics["encoders"]
     assert metrics["zero_shot"] == pytest.approx(94.46, abs=0.01)
     assert encoders["aux_inat_bird"]["SUP"] < 50 < 70 < encoders["aux_mobilenet_v2"]["SUP"]
-    assert metrics["kept_joint"]["aux_mobilenet_v2"] < 0.8, "the auxiliary branch starves, as in the paper"
-    assert metrics["repairs"]["aux_mobilenet_v2"]["points"] > 10
+    assert metrics["took"]["with CLIP"]["superiority"] == 1, "CLIP's own head is the most accurate"
+
+
+def test_02_compare_logit_features_without_a_second_encoder_or_seed(record):
+    """What does not exist is null: no pairs, no rules, no verdicts; nothing fails."""
+    metrics = record("02_compare_logit_features", dataset="digits", candidates="clip", seeds=1, shots=1)
+    assert list(metrics["encoders"]) == ["CLIP itself"] and metrics["encoders"]["CLIP itself"]["half"] is None
+    assert metrics["pairs"] == metrics["lost"] == metrics["repairs_differ"] == {}
 
 
 def test_03_compare_logit_predictors(record):
