@@ -21,9 +21,9 @@ test: $(BIN)/ready  ## ruff, then every test, notebooks included
 	$(BIN)/python -m pytest
 
 figures: $(BIN)/ready  ## the gallery: the whole workbook once more at a clean commit, its figures to figures/
-	@test -z "$$(git status --porcelain -- . ':!figures')" || { echo "commit first: figures name the code that drew them"; exit 1; }
+	@test -z "$$(git status --porcelain -- . ':!figures/*.*g' ':!figures/*.json')" || { echo "commit first: figures name the code that drew them"; exit 1; }
 	$(SNAKEMAKE) --forceall
-	$(BIN)/python -m lib figures runs
+	$(BIN)/python figures/collect.py runs
 
 bench: $(BIN)/ready  ## how fast it is, against plain loops; about 25 minutes, figure and record in runs/bench
 	$(BIN)/python tests/bench.py

@@ -23,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.features.banks import TEXT_HELP, FeatureBank, save_bank
 from lib.features.images import SPLITS
 
+Names = Sequence[str]  # of the classes, in label order
+Text = Float[Tensor, "C D"] | Float[Tensor, "D C"] | None  # CLIP's class texts
+Splits = dict[str, Tensor]  # split to features, or to labels
 NPZ_FEATURES = ("{}_features", "{}_x", "x_{}", "X_{}", "{}_f", "features_{}")
 NPZ_LABELS = ("{}_labels", "{}_y", "y_{}", "Y_{}", "{}_l", "labels_{}")
 
@@ -41,16 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         names = _lines(given.classes) if given.classes else None
-        text = _text(given.text) if given.text else None
+        common = {"class_names": names, "text": _text(given.text) if given.text else None}
         if given.kind == "npz":
-            import_npz(given.source, given.target, aux=given.aux, class_names=names, text=text)
+            import_npz(given.source, given.target, aux=given.aux, **common)
         elif names is None:
             raise ValueError(f"{given.kind} folders hold no class names: give --classes FILE")
         elif given.kind == "amu":
-            keys = given.clip_keys
-            import_amu(given.source, given.target, shots=given.shots, class_names=names, clip_keys=keys, text=text)
+            import_amu(given.source, given.target, shots=given.shots, clip_keys=given.clip_keys, **common)
         else:
-            import_tip_adapter(given.source, given.target, shots=given.shots, class_names=names, text=text)
+            import_tip_adapter(given.source, given.target, shots=given.shots, **common)
         print(f"features:{given.target}")
         for line in lacking(given.target):
             print(line, file=sys.stderr)
@@ -85,21 +87,11 @@ def _has_rows(bank: FeatureBank, split: str, encoder: str) -> bool:
         return False
 
 
-def import_tip_adapter(
-    source: Path,
-    target: Path,
-    *,
-    shots: int,
-    class_names: Sequence[str],
-    text: Float[Tensor, "_ _"] | None = None,
-) -> Path:
+def import_tip_adapter(source: Path, target: Path, *, shots: int, class_names: Names, text: Text = None) -> Path:
     """Write a bank from a cache folder of Tip-Adapter or a descendant of it.
 
     It holds keys_Kshots.pt [D, N], values_Kshots.pt [N, C] (one-hot), val_f.pt, val_l.pt, test_f.pt and test_l.pt; the
     folder of ImageNet has no val. Text features are not among them: without `text` the bank has no zero-shot logits.
-
-    Raises:
-        ValueError: a file is missing, is not a tensor, or disagrees with another one.
     """
     keys, values = (_tensor(source / f"{what}_{shots}shots.pt") for what in ("keys", "values"))
     splits, labels = _evaluation(source, "{}_f.pt", "{}_l.pt")
@@ -120,25 +112,13 @@ def import_tip_adapter(
 
 
 def import_amu(
-    source: Path,
-    target: Path,
-    *,
-    shots: int,
-    class_names: Sequence[str],
-    clip_keys: Path | None = None,
-    text: Float[Tensor, "_ _"] | None = None,
+    source: Path, target: Path, *, shots: int, class_names: Names, clip_keys: Path | None = None, text: Text = None
 ) -> Path:
     """Write a bank from a cache folder of AMU-Tuning.
 
     It holds clip_test_f.pt, clip_test_l.pt, aux_test_f.pt, aux_test_l.pt, aux_feature_Kshots.pt and
-    aux_labels_Kshots.pt, but no CLIP features of the support, which that code encodes anew at every step.
-
-    Args:
-        clip_keys: a Tip-Adapter keys_Kshots.pt of the same images in the same order, for the support's CLIP features;
-            without it the bank has no CLIP train split.
-
-    Raises:
-        ValueError: a file is missing, is not a tensor, or disagrees with another one.
+    aux_labels_Kshots.pt, but no CLIP features of the support, which that code encodes anew at every step: the bank has
+    a CLIP train split only if `clip_keys` is a Tip-Adapter keys_Kshots.pt of the same images in the same order.
     """
     clip, labels = _evaluation(source, "clip_{}_f.pt", "clip_{}_l.pt")
     aux, aux_labels = _evaluation(source, "aux_{}_f.pt", "aux_{}_l.pt")
@@ -157,20 +137,12 @@ def import_amu(
 
 
 def import_npz(
-    clip: Path,
-    target: Path,
-    *,
-    aux: Path | None = None,
-    class_names: Sequence[str] | None = None,
-    text: Float[Tensor, "_ _"] | None = None,
+    clip: Path, target: Path, *, aux: Path | None = None, class_names: Names | None = None, text: Text = None
 ) -> Path:
     """Write a bank from npz files with arrays such as train_features and train_labels, for train, val and test.
 
     Other spellings are accepted (train_x, X_train, train_y, y_train, …). `text` [C, D] and `class_names` may be in the
     CLIP file; labels must be, those in the auxiliary file must agree.
-
-    Raises:
-        ValueError: a file that is not npz, no such arrays, or parts that disagree.
     """
     arrays = _npz(clip)
     splits, labels = _npz_splits(clip, arrays)
@@ -192,13 +164,11 @@ def import_npz(
     return save_bank(target, **parts, class_names=names, source=clip.name)
 
 
-def _evaluation(source: Path, features: str, labels: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _evaluation(source: Path, features: str, labels: str) -> tuple[Splits, Splits]:
     """Features and labels of test, and of val where it is there."""
     present = [split for split in ("val", "test") if split == "test" or (source / features.format(split)).is_file()]
-    return (
-        {split: _tensor(source / features.format(split)) for split in present},
-        {split: _labels(source / labels.format(split)) for split in present},
-    )
+    x = {split: _tensor(source / features.format(split)) for split in present}
+    return x, {split: _labels(source / labels.format(split)) for split in present}
 
 
 def _labels(path: Path) -> Int64[Tensor, " n"]:
@@ -215,7 +185,7 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"cannot read the class names in {path}: {error}") from error
 
 
-def _text(path: Path) -> Float[Tensor, "_ _"]:
+def _text(path: Path) -> Text:
     try:
         x = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else _tensor(path)
     except (OSError, ValueError) as error:
@@ -225,7 +195,7 @@ def _text(path: Path) -> Float[Tensor, "_ _"]:
     return x
 
 
-def _oriented(text: Tensor | None, classes: int, dim: int) -> dict[str, Tensor]:
+def _oriented(text: Text, classes: int, dim: int) -> dict[str, Tensor]:
     """`text` as [C, D], from that or from Tip-Adapter's clip_weights [D, C]."""
     if text is None:
         return {}
@@ -251,7 +221,7 @@ def _check_shots(y: Int64[Tensor, " n"], shots: int, source: Path) -> None:
         raise ValueError(f"{source}: {shots} shots by name, but class {odd} has {int(counts[odd])} rows")
 
 
-def _check_names(names: Sequence[str], classes: int, source: Path) -> None:
+def _check_names(names: Names, classes: int, source: Path) -> None:
     if len(names) != classes:
         raise ValueError(f"{len(names)} class names are given, {source} has {classes} classes")
 
@@ -264,9 +234,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read as npz: {error}") from error
 
 
-def _npz_splits(
-    path: Path, arrays: dict[str, np.ndarray], labels_needed: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _npz_splits(path: Path, arrays: dict[str, np.ndarray], labels_needed: bool = True) -> tuple[Splits, Splits]:
     features, labels = {}, {}
     for split in SPLITS:
         x, y = (_pick(arrays, patterns, split) for patterns in (NPZ_FEATURES, NPZ_LABELS))

@@ -1,11 +1,10 @@
 """The workbook's command line: `python -m lib --help`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 from lib import runs
@@ -19,25 +18,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib", description="What makes a logit bias effective?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, call: Callable[[argparse.Namespace], int], about: str) -> Callable:
-        added = commands.add_parser(name, help=about)
+    def command(call: Callable[..., None], about: str) -> Callable:
+        added = commands.add_parser(call.__name__.strip("_"), help=about)
         added.set_defaults(command=call)
         return added.add_argument
 
-    add = command("run", _run, "execute a notebook headless and keep its record")
+    add = command(_run, "execute a notebook headless and keep its record")
     add("notebook", help="its name, 05_tune_amu")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     add("--folder", type=Path, help="where the run goes (default: runs/NOTEBOOK)")
     add("--lenient", action="store_true", help="leave out parameters that this notebook does not have")
-    add = command("summary", _summary, "print the table of the last run of notebook 05")
+    add = command(_summary, "print the table of the last run of notebook 05")
     add("folder", type=Path, nargs="?", default=Path("runs"))
-    add = command("figures", _figures, "bring the figures of a whole run into the gallery, figures/")
-    add("folder", type=Path, nargs="?", default=Path("runs"))
-    add = command("encoders", _encoders, "list the encoders by name")
+    add = command(_encoders, "list the encoders by name")
     add("parts", nargs="*", help="show names that contain all of these, such as: timm dino")
-    add = command("datasets", _datasets, "say which data sets are here, and how to get the others")
+    add = command(_datasets, "say which data sets are here, and how to get the others")
     add("names", nargs="*", help="describe these, folder:PATH included, and look for leaks")
-    add = command("extract", _extract, "fill the cache of features; resumes where it was stopped")
+    add = command(_extract, "fill the cache of features; resumes where it was stopped")
     add("dataset", help="dtd, folder:PATH, imagenet@16/1, …")
     add("encoders", nargs="+", help="several share one pass over the images")
     add("--splits", nargs="+", help="(default: all that the data set has)")
@@ -48,86 +45,72 @@ def main(arguments: list[str] | None = None) -> int:
     add("--num-workers", type=int, default=0, help="decoding processes (default: 0, decode here)")
     add("--quarantine", action="store_true", help="leave out images that cannot be decoded")
 
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
     try:
-        return options.command(options)
+        options.pop("command")(**options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _run(options: argparse.Namespace) -> int:
-    notebook = runs.notebook_path(options.notebook).stem
-    types = {name: type_ for name, (type_, _) in runs.declared(notebook).items()}
-    given = {name: _typed(text, types.get(name, str)) for name, text in options.p}
-    if options.lenient:
-        given = {name: value for name, value in given.items() if name in types}
-    folder = options.folder or runs.ROOT / "runs" / notebook
-    record = runs.execute(notebook, given, folder)
-    print(f"{notebook}: {record['seconds']} s -> {folder}")
     return 0
+
+
+def _run(notebook: str, p: list[list[str]], folder: Path | None, lenient: bool) -> None:
+    notebook = runs.notebook_path(notebook).stem
+    types = {name: type_ for name, (type_, _) in runs.declared(notebook).items()}
+    given = {name: _typed(text, types.get(name, str)) for name, text in p if name in types or not lenient}
+    folder = folder or runs.ROOT / "runs" / notebook
+    print(f"{notebook}: {runs.execute(notebook, given, folder)['seconds']} s -> {folder}")
 
 
 def _typed(text: str, type_: type) -> object:
     """A command-line text as the type its parameter has; as it stands where it does not fit, to be refused."""
-    if type_ is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        return type_(text)
+        return {"true": True, "false": False}.get(text.lower(), text) if type_ is bool else type_(text)
     except ValueError:
         return text
 
 
-def _figures(options: argparse.Namespace) -> int:
-    print(f"figures/: {', '.join(runs.fill_gallery(options.folder))}")
-    return 0
-
-
-def _summary(options: argparse.Namespace) -> int:
-    path = options.folder / "05_tune_amu" / "metrics.json"
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: notebook 05 has not finished")
+def _summary(folder: Path) -> None:
     import pandas as pd
 
-    record = runs.read_records(path.parent)[0]
-    given, rows = record["parameters"], record["metrics"]["accuracy"]
+    records = runs.read_records(folder / "05_tune_amu")
+    if not records:
+        raise ValueError(f"no metrics.json in {folder / '05_tune_amu'}: notebook 05 has not finished")
+    given, rows = records[0]["parameters"], records[0]["metrics"]["accuracy"]
     cells = {title: {int(k): _interval(**cell) for k, cell in row.items()} for title, row in rows.items()}
     print(f"\nTest accuracy in % on {given['dataset']}, mean and 95 % interval over {given['seeds']} seeds, by shots;")
     print(f"hyper-parameters chosen by protocol '{given['protocol']}'\n")
     print(pd.DataFrame(cells).T.sort_index(axis=1).to_string())
-    print(f"\nexecuted notebooks and figures: {options.folder}/NN_name/\n")
-    return 0
+    print(f"\nexecuted notebooks and figures: {folder}/NN_name/\n")
 
 
 def _interval(mean: float, half: float | None, **_: object) -> str:
     return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"  # one draw has no interval
 
 
-def _encoders(options: argparse.Namespace) -> int:
+def _encoders(parts: list[str]) -> None:
     from lib.features import encoders
 
-    names = [name for name in encoders.listed() if all(part.lower() in name.lower() for part in options.parts)]
+    names = [name for name in encoders.listed() if all(part.lower() in name.lower() for part in parts)]
     print("\n".join(names))
     print(f"{len(names)} encoders; names are {encoders.GRAMMAR}", file=sys.stderr)
-    return 0
 
 
-def _datasets(options: argparse.Namespace) -> int:
+def _datasets(names: list[str]) -> None:
     from lib.features import datasets
 
-    for name in options.names:
+    for name in names:
         data = datasets.load(name)
         splits = {split: data.images(split) for split in data.splits}
         print(f"{name}: {len(data.classnames)} classes, {', '.join(f'{s} {len(x)}' for s, x in splits.items())}")
         print(f"    classes: {', '.join(data.classnames[:5])}, …\n    prompts: {' | '.join(data.templates)}")
         print(f"    {data.source}")
-        for one, other in (("train", "test"), ("train", "val"), ("val", "test")):
-            if {one, other} <= set(splits):
-                pairs = datasets.shared(splits[one], splits[other])
-                example = f", such as {pairs[0][0]} and {pairs[0][1]}" if pairs else ""
-                print(f"    images in both {one} and {other}: {len(pairs)}{example}")
-    if options.names:
-        return 0
+        for one, other in combinations(splits, 2):
+            pairs = datasets.shared(splits[one], splits[other])
+            example = f", such as {pairs[0][0]} and {pairs[0][1]}" if pairs else ""
+            print(f"    images in both {one} and {other}: {len(pairs)}{example}")
+    if names:
+        return
     print(f"data sets lie in {data_root()} (LOGIT_BIAS_DATA)")
     for name in datasets.names():
         try:
@@ -137,21 +120,15 @@ def _datasets(options: argparse.Namespace) -> int:
         except ValueError as error:
             print(f"  {name:20} missing: {str(error).removeprefix(f'{name}: ')}")
     print(f"  and {datasets.GRAMMAR}")
-    return 0
 
 
-def _extract(options: argparse.Namespace) -> int:
+def _extract(dataset: str, encoders: list[str], splits: list[str] | None, **options: object) -> None:
     from lib import features
-    from lib.features import datasets
 
-    chosen = ("views", "device", "precision", "batch_size", "num_workers", "quarantine")
-    how = {name: getattr(options, name) for name in chosen}
-    for split in options.splits or datasets.load(options.dataset).splits:
-        for part in features.load_many(options.dataset, split, options.encoders, **how):
+    for split in splits or features.datasets.load(dataset).splits:
+        for part in features.load_many(dataset, split, encoders, **options):
             left_out = f", {len(part.quarantined)} left out" if part.quarantined else ""
-            size, digest = tuple(part.x.shape), part.fingerprint[:16]
-            print(f"{options.dataset}, {split}, {part.encoder}: {size}{left_out}  {digest}")
-    return 0
+            print(f"{dataset}, {split}, {part.encoder}: {tuple(part.x.shape)}{left_out}  {part.fingerprint[:16]}")
 
 
 if __name__ == "__main__":

@@ -27,28 +27,16 @@ ACCENT = "#c8321e"
 GREY = "#6e6e6e"
 
 # Okabe and Ito's palette, told apart in greyscale by the markers; families of methods share a hue.
+# fmt: off
 STYLES: dict[str, tuple[str, str]] = {
-    "zero_shot": (GREY, "_"),
-    "linear_probe": ("#000000", "x"),
-    "aux_only": ("#0072b2", "s"),
-    "amu": (ACCENT, "o"),
-    "amu_code": ("#e08a7e", "D"),
-    "amu_convex": ("#7a1d10", "^"),
-    "tip_adapter": ("#009e73", "v"),
-    "tip_adapter_f": ("#00634a", "^"),
-    "cafo": ("#56b4e9", "p"),
-    "clip_adapter": ("#b58900", "<"),
-    "taskres": ("#e69f00", ">"),
-    "text_probe": ("#8c6d1f", "1"),
-    "cross_modal": ("#b8902a", "2"),
-    "gda": ("#7b3294", "P"),
-    "ape": ("#3fa58a", "*"),
-    "lp_plus_plus": ("#4d4d4d", "X"),
-    "clap": ("#cc79a7", "h"),
-    "proker": ("#4f86b8", "d"),
-    "m_adapter": ("#1b9e77", "3"),
-    "transclip": ("#9e5ea8", "4"),
+    "zero_shot": (GREY, "_"), "linear_probe": ("#000000", "x"), "aux_only": ("#0072b2", "s"), "amu": (ACCENT, "o"),
+    "amu_code": ("#e08a7e", "D"), "amu_convex": ("#7a1d10", "^"), "tip_adapter": ("#009e73", "v"),
+    "tip_adapter_f": ("#00634a", "^"), "cafo": ("#56b4e9", "p"), "clip_adapter": ("#b58900", "<"),
+    "taskres": ("#e69f00", ">"), "text_probe": ("#8c6d1f", "1"), "cross_modal": ("#b8902a", "2"),
+    "gda": ("#7b3294", "P"), "ape": ("#3fa58a", "*"), "lp_plus_plus": ("#4d4d4d", "X"), "clap": ("#cc79a7", "h"),
+    "proker": ("#4f86b8", "d"), "m_adapter": ("#1b9e77", "3"), "transclip": ("#9e5ea8", "4"),
 }
+# fmt: on
 # A predictor looks like the method that made it known.
 STYLES |= {"head": STYLES["amu"], "cache": STYLES["tip_adapter"], "trained_cache": STYLES["tip_adapter_f"]}
 STYLES |= {"convex_head": STYLES["amu_convex"], "mlp": ("#5d4037", "H")}
@@ -58,22 +46,14 @@ ENCODER_INKS = ("#0072b2", "#009e73", "#d55e00", "#000000", "#b58900", "#7b3294"
 ENCODER_MARKERS = "osD^vPXp"
 
 RC = {
-    "figure.dpi": 110,
-    "savefig.dpi": 200,
-    "figure.constrained_layout.use": True,
+    **{"figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "axes.titlelocation": "left"},
     **{f"{part}.labelsize": 8 for part in ("axes", "xtick", "ytick")},
     **{"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 8, "legend.title_fontsize": 8, "axes.linewidth": 0.8},
     **{f"{axis}.{kind}.width": 0.7 for axis in ("xtick", "ytick") for kind in ("major", "minor")},
     **{f"{axis}.{kind}.size": size for axis in ("xtick", "ytick") for kind, size in (("major", 3.5), ("minor", 2))},
-    "axes.titlelocation": "left",
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "image.cmap": "cividis",
-    "svg.hashsalt": "logit-bias-workbook",
+    **{"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 4},
+    **{"legend.frameon": False, "image.cmap": "cividis", "svg.hashsalt": "logit-bias-workbook"},
 }
 
 
@@ -94,7 +74,7 @@ def marker(method: str) -> str:
 
 def short_name(encoder: str) -> str:
     """Name of an encoder as axes have room for it: no library, no `aux_`."""
-    return "+".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split("+"))
+    return ",".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split(","))
 
 
 def encoder_styles(encoders: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -145,12 +125,7 @@ def shots_axis(ax: Axes, shots: Sequence[int]) -> None:
 
 
 def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 0.045) -> None:
-    """Write each line's name beside its last point, moved apart where names would overlap.
-
-    Args:
-        ends: name -> (x, y, colour) in data units.
-        gap: smallest distance of two names, in heights of the axes.
-    """
+    """Write each line's name beside its last point (x, y, colour), at least `gap` heights of the axes apart."""
     low, high = ax.get_ylim()
     ordered = sorted(ends.items(), key=lambda item: item[1][1])
     places = spread([(y - low) / (high - low) for _, (_, y, _) in ordered], gap)
@@ -177,11 +152,9 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away: float = 6) -> None:
-    """Write each point's name beside it, on the first side where it meets no other point and no other name.
+    """Write each name beside its point (x, y, colour), `away` in typographic points.
 
-    Args:
-        points: name -> (x, y, colour) in data units.
-        away: distance from the point in typographic points.
+    It takes the first side where it meets no other point and no other name, else the one where it meets fewest.
     """
     ax.figure.canvas.draw()
     radius = 0.8 * away * ax.figure.dpi / 72
@@ -218,9 +191,8 @@ def heat_map(
 ) -> None:
     """Draw a table as coloured cells with their numbers; light is more, cells without a number stay empty.
 
-    Args:
-        floor: values below it share its colour, so that a few bad ones do not hide the differences of the rest.
-        signed: the table holds losses and gains: white is 0, darker is further from it, and the sign is in the number.
+    A `signed` one holds losses and gains: white is 0, darker is further from it, and the sign is in the number. Values
+    below `floor` share its colour, so that a few bad ones do not hide the differences of the rest.
     """
     limit = float(np.nanmax(np.abs(table.to_numpy(dtype=float)))) or 1.0
     look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "cividis", "vmin": floor}
@@ -228,49 +200,3 @@ def heat_map(
     sns.heatmap(table.astype(float), ax=ax, annot=numbers, fmt="", annot_kws={"fontsize": 6}, cbar=False, **look)
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, rotation=0)
-
-
-def critical_difference(
-    ax: Axes,
-    ranks: pd.Series,
-    difference: float,
-    groups: Sequence[Sequence[str]],
-    labels: Mapping[str, tuple[str, str]],
-) -> None:
-    """Draw mean ranks on a line, best to the right; bars join methods that the ranks cannot tell apart.
-
-    Args:
-        ranks: of each method, 1 is best.
-        difference: Nemenyi's, drawn as a scale bar.
-        groups: of methods within the difference, see `statistics.cliques`.
-        labels: method -> (text, colour).
-    """
-    names = list(ranks.sort_values().index)
-    half = (len(names) + 1) // 2
-    ax.set(xlim=(len(names) + 0.5, 0.5), ylim=(-half - 1.5 - 0.45 * len(groups), 2.2))
-    ax.axis("off")
-    ax.plot([1, len(names)], [0, 0], color="k", lw=0.8)
-    for tick in range(1, len(names) + 1):
-        ax.plot([tick, tick], [0, 0.25], color="k", lw=0.8)
-        ax.text(tick, 0.45, str(tick), ha="center", va="bottom", fontsize=6)
-    ax.plot([1, 1 + difference], [1.7, 1.7], color="k", lw=1.5)
-    ax.text(1 + difference / 2, 1.8, f"critical difference {difference:.1f}", ha="center", va="bottom", fontsize=6)
-    depth = 0.45 * len(groups)
-    for level, group in enumerate(groups):
-        ends = [ranks[group[0]] - 0.1, ranks[group[-1]] + 0.1]
-        ax.plot(ends, [-0.35 - 0.45 * level] * 2, color="k", lw=2.5, solid_capstyle="round")
-    for place, name in enumerate(names):
-        text, ink = labels[name]
-        best = place < half
-        y = -depth - 1 - (place if best else len(names) - 1 - place)
-        edge = 0.5 if best else len(names) + 0.5
-        ax.plot([ranks[name], ranks[name], edge], [0, y, y], color=ink, lw=0.8)
-        words = f"{ranks[name]:.1f}  {text}" if best else f"{text}  {ranks[name]:.1f}"
-        look = {
-            "ha": "left" if best else "right",
-            "va": "center",
-            "fontsize": 7,
-            "color": ink,
-            "annotation_clip": False,
-        }
-        ax.annotate(words, (edge, y), xytext=(3 if best else -3, 0), textcoords="offset points", **look)

@@ -28,11 +28,8 @@ def cache_root(cache: Path | None = None) -> Path:
 
 
 def find_path(text: str | Path) -> Path:
-    """Path that a user typed; a relative one is looked for where the command was given, then below the root.
-
-    A kernel runs in the root, whatever folder its command was given in: the runner passes that on in LOGIT_BIAS_CWD.
-    """
-    path = Path(text).expanduser()
+    """Path that a user typed; a relative one is looked for where the command was given, then below the root."""
+    path = Path(text).expanduser()  # a kernel runs in the root: LOGIT_BIAS_CWD is where its command was given
     here = Path(os.environ.get("LOGIT_BIAS_CWD") or Path.cwd()) / path
     return here if path.is_absolute() or here.exists() else ROOT / path
 
@@ -44,7 +41,7 @@ def file_hash(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _file_hash(path: Path, size: int, mtime: int) -> str:
+def _file_hash(path: Path, *_: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -53,8 +50,7 @@ def _file_hash(path: Path, size: int, mtime: int) -> str:
 def locked(folder: Path, variable: str = "LOGIT_BIAS_CACHE") -> Iterator[None]:
     """Hold `folder`, made where it is missing, for one writer; a second process waits for the first to end or die.
 
-    Raises:
-        ValueError: the folder cannot be written; names `variable`, by which the user chooses another.
+    Where the folder cannot be written, a ValueError names `variable`, by which the user chooses another.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -74,11 +70,7 @@ def locked(folder: Path, variable: str = "LOGIT_BIAS_CACHE") -> Iterator[None]:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write a file so that it is either whole under its name, or not there.
-
-    Raises:
-        OSError: names the file, for instance when the disk is full.
-    """
+    """Write a file so that it is either whole under its name, or not there; an OSError names it."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(partial, "wb") as stream:

@@ -2,118 +2,100 @@
 
     s = s0 + beta * u(s0) * bias
 
-`uncertainty` is `u`: a weight per image, large where zero-shot CLIP is uncertain. Every rule of `FUSIONS` is pure and
-finite on constant rows, one-hot rows and two classes, where the released code gives NaN or infinity. Rows that are
-NaN or infinite themselves are refused.
+Rules are pure, and finite on constant rows, one-hot rows and two classes, where the released code gives NaN or
+infinity. Rows that are NaN or infinite themselves are refused.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.metrics import accuracy, predictions
+from lib.metrics import Classes, Labels, Logits, accuracy, predictions
 
-Logits = Float[Tensor, "n C"]
 Beta = float | Float[Tensor, "B 1 1"]  # several at once: a rule that is linear in beta then gives [B, n, C]
 Fused = Float[Tensor, "*B n C"]
 Rule = Callable[..., Tensor]  # (zero_shot, bias, hyper-parameters) -> fused logits
-CONFIDENCES = ("none", "kurtosis", "entropy", "energy", "max", "max-min", "top5", "std")
 CODE_CONSTANT = 250.0  # what the released code divides the kurtosis by; it was chosen on 1,000 classes
 FLOOR = 1e-6  # confidences are kept above this, so that u stays finite
 
 
 def standardise(logits: Float[Tensor, "*b C"]) -> Float[Tensor, "*b C"]:
     """Z-score of each row, `(v - mean) / std` with C - 1 in the variance; constant rows become zeros."""
-    centred = logits - logits.mean(dim=-1, keepdim=True)
-    std = logits.std(dim=-1, keepdim=True)
-    return torch.where(_is_constant(logits), 0.0, centred / std.clamp_min(torch.finfo(logits.dtype).tiny))
+    spread, size = logits.amax(-1, keepdim=True) - logits.amin(-1, keepdim=True), logits.abs().amax(-1, keepdim=True)
+    constant = spread <= 8 * torch.finfo(logits.dtype).eps * size  # within rounding error
+    std = logits.std(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+    return torch.where(constant, 0.0, (logits - logits.mean(dim=-1, keepdim=True)) / std)
 
 
 def kurtosis(values: Float[Tensor, "n C"]) -> Float[Tensor, " n"]:
-    """Kurtosis `mean_c(((v_c - mean) / std)^4)` of each row: at least ((C-1)/C)^2, about C for a one-hot row.
+    """Kurtosis `mean_c(((v_c - mean) / std)^4)` of each row, AMU-Tuning's eq. 10 without its power.
 
-    A constant row has none; it gets the lowest possible value, that of the flattest row.
-
-    Source: AMU-Tuning, eq. 10 without its power.
+    About C for a one-hot row, ((C-1)/C)^2 for the flattest; a constant row, which has none, gets that of the flattest.
     """
-    flattest = ((values.shape[-1] - 1) / values.shape[-1]) ** 2
-    return standardise(values).pow(4).mean(dim=-1).clamp_min(flattest)
+    return standardise(values).pow(4).mean(dim=-1).clamp_min((1 - 1 / values.shape[-1]) ** 2)
 
 
-def confidence(values: Float[Tensor, "n C"], kind: str) -> Float[Tensor, " n"]:
-    """Positive number per row that grows with how peaked the row is.
-
-    Args:
-        values: zero-shot logits or their softmax.
-        kind: `kurtosis`; `energy`, `2 (logsumexp((v - max) / 2) + max)`; `max`; `max-min`; `top5`, the first minus
-            the fifth value (the last, below five classes); `std`.
-    """
-    top = values.max(dim=-1).values
-    kinds: dict[str, Callable[[], Tensor]] = {
-        "kurtosis": lambda: kurtosis(values),
-        # as released: the maximum is taken out before the temperature and put back undivided
-        "energy": lambda: 2 * (torch.logsumexp((values - top[:, None]) / 2, dim=-1) + top),
-        "max": lambda: top,
-        "max-min": lambda: top - values.min(dim=-1).values,
-        "top5": lambda: top - values.topk(min(5, values.shape[-1]), dim=-1).values[:, -1],
-        "std": lambda: values.std(dim=-1),
-    }
-    if kind not in kinds:
-        raise ValueError(f"confidence is one of {', '.join(CONFIDENCES)}, not {kind!r}")
-    return kinds[kind]().clamp_min(FLOOR)
+# Numbers that grow with how peaked a row of zero-shot logits, or of their softmax, is.
+PEAKEDNESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "kurtosis": kurtosis,
+    # as released: the maximum is taken out before the temperature and put back undivided
+    "energy": lambda v: 2 * (((v - v.amax(-1, keepdim=True)) / 2).logsumexp(-1) + v.amax(-1)),
+    "max": lambda v: v.amax(-1),
+    "max-min": lambda v: v.amax(-1) - v.amin(-1),
+    "top5": lambda v: v.amax(-1) - v.topk(min(5, v.shape[-1])).values[:, -1],  # below five classes the last
+    "std": lambda v: v.std(-1),
+}
+CONFIDENCES = ("none", "entropy", *PEAKEDNESS)
 
 
 def uncertainty(
     zero_shot: Logits, kind: str = "kurtosis", rho: float = 0.4, on: str = "logits", constant: float = 1.0
 ) -> Float[Tensor, " n"]:
-    """`u(s0)`, the weight of each image's bias; finite and positive.
+    """`u(s0)`, the weight of each image's bias, large where zero-shot CLIP is uncertain; finite and positive.
 
         none      1
         entropy   exp(rho H / log C), H the entropy of softmax(s0)
         std       standard deviation, neither inverted nor raised to rho (as released)
-        others    (constant / confidence)^rho
+        others    (constant / confidence)^rho, the confidence one of `PEAKEDNESS`, rho at least 0
 
-    Args:
-        kind: one of `CONFIDENCES`.
-        rho: power, 0 or more; 0 gives u = 1 (but for `std`).
-        on: `logits` (the paper's equations) or `probabilities` (the released code).
-        constant: 1 in the paper; the code uses 250, for the kurtosis only.
-
+    The paper measures on `logits`, constant 1; the code on `probabilities`, `CODE_CONSTANT` for the kurtosis.
     Source: AMU-Tuning, eq. 10-11; repository TJU-sjyj/AMU-Tuning, function `uncertainty`.
     """
+    if kind not in CONFIDENCES:
+        raise ValueError(f"confidence is one of {', '.join(CONFIDENCES)}, not {kind!r}")
     if on not in ("logits", "probabilities"):
         raise ValueError(f"confidence is measured on 'logits' or 'probabilities', not {on!r}")
     if kind == "none":
-        return torch.ones(len(zero_shot), dtype=zero_shot.dtype)
+        return zero_shot.new_ones(len(zero_shot))
     if kind == "entropy":
         entropy = torch.special.entr(zero_shot.softmax(dim=-1)).sum(dim=-1)
         return torch.exp(rho * entropy / math.log(zero_shot.shape[-1]))
-    peakedness = confidence(zero_shot.softmax(dim=-1) if on == "probabilities" else zero_shot, kind)
-    return peakedness if kind == "std" else (constant / peakedness) ** rho
+    confidence = PEAKEDNESS[kind](zero_shot.softmax(dim=-1) if on == "probabilities" else zero_shot).clamp_min(FLOOR)
+    return confidence if kind == "std" else (constant / confidence) ** rho
 
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """A rule, called like the function it holds; rows that are not finite are refused."""
+    """A rule, called like its function; rows that are not finite are refused."""
 
     function: Rule
     linear: bool = False  # in beta: the result is s0 + beta * something, and something does not depend on beta
     per_batch: bool = False  # a row's result depends on the other rows of its batch
-    defaults: Mapping[str, object] = field(init=False)  # of its hyper-parameters
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def defaults(self) -> dict[str, object]:  # of its hyper-parameters
         parameters = inspect.signature(self.function).parameters.values()
-        object.__setattr__(self, "defaults", {p.name: p.default for p in parameters if p.default is not p.empty})
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def __call__(self, zero_shot: Logits, bias: Logits, *values: object, **hyper_parameters: object) -> Fused:
         _refuse_non_finite(zero_shot, bias)
@@ -147,7 +129,8 @@ def uncertain(
 @partial(Fusion, linear=True)
 def gated(zero_shot: Logits, bias: Logits, beta: Beta = 1.0, threshold: float = 0.5) -> Fused:
     """`s0 + beta * bias` where the largest probability of softmax(s0) is below `threshold` (in [0, 1]), else `s0`."""
-    return zero_shot + beta * (zero_shot.softmax(dim=-1).amax(dim=-1, keepdim=True) < threshold).to(bias.dtype) * bias
+    uncertain_rows = zero_shot.softmax(dim=-1).amax(dim=-1, keepdim=True) < threshold
+    return zero_shot + beta * (uncertain_rows * bias)
 
 
 @partial(Fusion, linear=True)
@@ -158,11 +141,9 @@ def standardised(zero_shot: Logits, bias: Logits, beta: Beta = 1.0) -> Fused:
 
 @partial(Fusion, linear=True, per_batch=True)
 def classwise(zero_shot: Logits, bias: Logits, beta: Beta = 1.0, eps: float = 1e-5) -> Fused:
-    """`s0 + beta * (bias - mean) / sqrt(var + eps)`, z-scored over the images of each class.
+    """`s0 + beta * (bias - mean) / sqrt(var + eps)`, with mean and variance (divisor n) over the rows of the batch.
 
-    Mean and variance (divisor n) are those of the rows given, so a row's result depends on the other rows of its
-    batch. It removes what the bias says about a class as such; a bias with a spread below sqrt(eps) shrinks.
-
+    It removes what the bias has of a class as such; a bias with a spread below sqrt(eps) shrinks.
     Source: LumiNet's perception (arXiv 2310.03669); repository ismail31416/LumiNet.
     """
     centred = bias - bias.mean(dim=0)
@@ -171,12 +152,7 @@ def classwise(zero_shot: Logits, bias: Logits, beta: Beta = 1.0, eps: float = 1e
 
 @partial(Fusion, linear=True)
 def wise(zero_shot: Logits, bias: Logits, beta: Beta = 0.5) -> Fused:
-    """`(1 - beta) s0 + beta * bias`.
-
-    For linear heads on CLIP's features this is the interpolation of weights, `100 f ((1 - beta) T + beta W)^T`.
-
-    Source: WiSE-FT (arXiv 2109.01903), eq. 1.
-    """
+    """`(1 - beta) s0 + beta * bias`; of linear heads on CLIP's features, WiSE-FT's eq. 1 (arXiv 2109.01903)."""
     return zero_shot + beta * (bias - zero_shot)
 
 
@@ -188,27 +164,22 @@ def dynamic(zero_shot: Logits, bias: Logits, beta: float = 1.0, limit: float = 1
 
     The original compares a small model after and before fine-tuning; an auxiliary encoder has no zero-shot classifier,
     so its "before" is uniform. The first divergence rises with a (its derivative is a times a variance): bisection.
-
     Source: dynamic logit fusion (arXiv 2406.15480), eq. 6.
     """
     step, before = beta * bias, zero_shot.log_softmax(-1)
-    after = step.log_softmax(-1)
-    wanted = (after.exp() * after).sum(-1, keepdim=True) + math.log(bias.shape[-1])
-    low, high = torch.zeros_like(wanted), torch.full_like(wanted, limit)
+    target = math.log(bias.shape[-1]) - torch.special.entr(step.softmax(-1)).sum(-1, keepdim=True)
+    low, high = torch.zeros_like(target), torch.full_like(target, limit)
     for _ in range(24):
         middle = (low + high) / 2
         moved = (zero_shot + middle * step).log_softmax(-1)
-        short = (moved.exp() * (moved - before)).sum(-1, keepdim=True) < wanted
+        short = (moved.exp() * (moved - before)).sum(-1, keepdim=True) < target
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     return zero_shot + (low + high) / 2 * step
 
 
 @Fusion
 def mixture(zero_shot: Logits, bias: Logits, beta: float = 1.0, temperature: float = 1.0) -> Logits:
-    """`log sum_z p(z) softmax(s_z)` over two contexts, `s0` and `s0 + beta * bias`, on the scale of `s0`.
-
-    This is `perception` of both; the one with the larger logits gets the larger p(z).
-    """
+    """`perception` of two contexts, `s0` and `s0 + beta * bias`, on the scale of `s0`."""
     contexts = torch.stack([zero_shot, zero_shot + beta * bias], dim=-1)
     return perception(contexts, temperature=temperature) + zero_shot.logsumexp(dim=-1, keepdim=True)
 
@@ -226,16 +197,12 @@ FUSIONS: dict[str, Fusion] = {rule.name: rule for rule in RULES}
 def perception(
     logits: Float[Tensor, "n C Z"], contexts: Float[Tensor, "n Z"] | None = None, temperature: float = 1.0
 ) -> Logits:
-    """`log p(y|x)` from logits in each of Z contexts (PerceptionCLIP).
+    """`log p(y|x)` from the logits s in each of Z contexts (PerceptionCLIP).
 
         p(y|x) = sum_z p(z|x) softmax_y(s_yz),    p(z|x) = softmax_z(q / temperature),
         or, without `contexts`, p(z|x) = sum_y exp(s_yz / temperature) / sum_yz exp(s_yz / temperature)
 
-    Args:
-        logits: s, 100 times the cosine to the text of class y in context z.
-        contexts: q, 100 times the cosine to the text of context z alone.
-        temperature: above 0, of p(z|x) only.
-
+    s and `contexts`, q, are 100 times the cosine to the text of class y in context z, and to that of z alone.
     Source: PerceptionCLIP (arXiv 2308.01313); repository umd-huang-lab/perceptionCLIP, `classify`.
     """
     q = contexts / temperature if contexts is not None else (logits / temperature).logsumexp(dim=1)
@@ -247,11 +214,8 @@ def similarity(zero_shot: Logits, biases: Float[Tensor, "k n C"], norm: str = "m
 
         sum_k w_k norm(bias_k),    w = softmax_k(sum_c norm(bias_k)_c norm(s0)_c)
 
-    With z-scores the sum over classes is C - 1 times a correlation, so the softmax nearly picks one bias.
-
-    Args:
-        norm: `mean` (z-score of a row), `softmax` or `linear` (unit length).
-
+    The norm is `mean` (z-score of a row), `softmax` or `linear` (unit length). With z-scores the sum over classes is
+    C - 1 times a correlation, so the softmax nearly picks one bias.
     Source: CaFo (arXiv 2303.02151); repository OpenGVLab/CaFo, `logits_fuse`.
     """
     norms = {"mean": standardise, "softmax": lambda v: v.softmax(-1), "linear": lambda v: normalize(v, dim=-1)}
@@ -262,7 +226,7 @@ def similarity(zero_shot: Logits, biases: Float[Tensor, "k n C"], norm: str = "m
     return (agreement.softmax(dim=0) * normed).sum(dim=0)
 
 
-def learn_beta(zero_shot: Logits, bias: Logits, y: Int64[Tensor, " n"], limit: float = 1e4) -> float:
+def learn_beta(zero_shot: Logits, bias: Logits, y: Labels, limit: float = 1e4) -> float:
     """The beta in [0, limit] that minimises the cross-entropy of `s0 + beta * bias`, a convex function of it.
 
     Its gradient, `mean_i sum_c (p_ic - Y_ic) bias_ic`, rises with beta. 0 if no positive beta lowers the loss; `limit`
@@ -281,35 +245,29 @@ def learn_beta(zero_shot: Logits, bias: Logits, y: Int64[Tensor, " n"], limit: f
 
 
 def accuracy_over_beta(
-    rule: Rule,
-    zero_shot: Logits,
-    bias: Logits,
-    y: Int64[Tensor, " n"],
-    betas: Sequence[float],
-    classes: Int64[Tensor, " c"] | None = None,
+    rule: Rule, zero_shot: Logits, bias: Logits, y: Labels, betas: Sequence[float], classes: Classes = None
 ) -> list[float]:
     """Accuracy in [0, 1] of `rule(zero_shot, bias, beta=...)` at each beta, as a loop over them gives it.
 
-    Under a row-wise rule that is linear in beta, each logit of an image is a line, so a class wins on one interval of
-    beta: who wins at both ends of the range wins between. In between the rule is called on the other images only, with
-    many betas at once.
+    Under a row-wise rule that is linear in beta a class wins on one interval of beta, so the winner at both ends of
+    the range wins between. The rule is called on the other images only, with many betas at once.
     """
-    known, labelled = entry(rule), int((y >= 0).sum())
-    if len(betas) < 4 or not labelled or not known.linear or known.per_batch:
+    traits, labelled = entry(rule), int((y >= 0).sum())
+    if len(betas) < 4 or not labelled or not traits.linear or traits.per_batch:
         return [accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
     first, last = (predictions(rule(zero_shot, bias, beta=end), classes) for end in (min(betas), max(betas)))
-    settled, rows = int(((first == last) & (first == y)).sum()), (first != last) & (y >= 0)
+    always, rows = int(((first == last) & (first == y)).sum()), (first != last) & (y >= 0)
     if not rows.any():
-        return [settled / labelled] * len(betas)
+        return [always / labelled] * len(betas)
     s0, b, y = zero_shot[rows], bias[rows], y[rows]
     columns = torch.arange(b.shape[1]) if classes is None else classes
     parts = torch.tensor(betas, dtype=b.dtype)[:, None, None].split(max(1, 2**22 // b.numel()))
-    hits = torch.cat([(columns[rule(s0, b, beta=at)[..., columns].argmax(-1)] == y).sum(-1) for at in parts])
-    return [(settled + count) / labelled for count in hits.tolist()]
+    counts = torch.cat([(columns[rule(s0, b, beta=part)[..., columns].argmax(-1)] == y).sum(-1) for part in parts])
+    return [(always + count) / labelled for count in counts.tolist()]
 
 
 def entry(rule: Rule) -> Fusion:
-    """The `Fusion` of a rule whose hyper-parameters `functools.partial` may hold; any other function as one."""
+    """The `Fusion` behind a `functools.partial` of one; any other function as one."""
     function = rule.func if isinstance(rule, partial) else rule
     return function if isinstance(function, Fusion) else Fusion(function)
 
@@ -321,9 +279,3 @@ def _refuse_non_finite(zero_shot: Tensor, bias: Tensor) -> None:
     for name, logits in (("zero-shot", zero_shot), ("bias", bias)):
         if not torch.isfinite(logits.sum()) and (bad := int((~torch.isfinite(logits).all(dim=-1)).sum())):
             raise ValueError(f"{bad} of {len(logits)} rows of the {name} logits hold NaN or infinite values")
-
-
-def _is_constant(values: Float[Tensor, "*b C"]) -> Bool[Tensor, "*b 1"]:
-    """True where max - min of a row is within rounding error."""
-    spread = values.amax(dim=-1, keepdim=True) - values.amin(dim=-1, keepdim=True)
-    return spread <= 8 * torch.finfo(values.dtype).eps * values.abs().amax(dim=-1, keepdim=True)

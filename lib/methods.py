@@ -13,13 +13,12 @@ predictor of `PREDICTORS` and any rule of `fusion.FUSIONS`. Three protocols say 
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import pandas as pd
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from lib import fusion, metrics, predictors
 from lib.files import nearest
+from lib.metrics import Logits
 from lib.predictors import training
 from lib.tasks import PROTOCOLS, FewShotTask, Split
 
@@ -48,8 +48,7 @@ class Entry:
     post_grid: Mapping[str, Sequence] = field(default_factory=dict)  # of what acts after the fit; shared: the fusion's
 
     @property
-    def per_batch(self) -> bool:
-        """True where the logits of an image depend on the other images of its split."""
+    def per_batch(self) -> bool:  # the logits of an image depend on the other images of its split
         return self.predictor.per_batch or self.fusion.per_batch
 
     def arguments(self) -> dict[str, object]:
@@ -98,9 +97,9 @@ METHODS: dict[str, Entry] = {
     "gda": Entry("GDA", predictors.GDA, fusion.additive, "arXiv 2402.04087; repository mrflogs/ICLR24",
         defaults={"beta": 0.1}, post_grid={"beta": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
     "ape": Entry("APE", predictors.APE, fusion.additive,
-        "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml", post_grid={
-            "gamma": steps(0.0, 1.0, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0), "beta": steps(0.1, 7.0, 20, 1.0),
-        }),
+        "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
+        post_grid={"gamma": steps(0.0, 1.0, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0),
+            "beta": steps(0.1, 7.0, 20, 1.0)}),
     "lp_plus_plus": Entry("LP++", predictors.LPPlusPlus, fusion.replace,
         "arXiv 2404.02285; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline"),
     "clap": Entry("CLAP", predictors.TextProbe, fusion.replace, "arXiv 2312.12730; repository jusiro/CLAP",
@@ -109,9 +108,8 @@ METHODS: dict[str, Entry] = {
         "arXiv 2501.11175; repository ybendou/ProKeR at 035b684, whose grid has 20 values of sharpness",
         fit_grid={"sharpness": steps(0.5, 3.5, 6, 1.0), "penalty": steps(0.001, 1.11, 10, 0.1)}),
     "m_adapter": Entry("M-Adapter", predictors.MAdapter, fusion.additive,
-        "arXiv 2405.16591; repository WLuLi/CapS-Adapter; the grid is ours", post_grid={
-            "sharpness": (1.0, 3.0, 5.5, 8.0), "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6),
-            "beta": steps(0.1, 5.0, 20, 1.0)}),
+        "arXiv 2405.16591; repository WLuLi/CapS-Adapter; our grid", post_grid={"sharpness": (1.0, 3.0, 5.5, 8.0),
+            "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6), "beta": steps(0.1, 5.0, 20, 1.0)}),
     "transclip": Entry("TransCLIP", predictors.TransCLIP, fusion.replace,
         "arXiv 2406.01837; repository MaxZanella/transduction-for-vlms", post_grid={"gamma": (0.002, 0.01, 0.02, 0.2)}),
     "aux_only": Entry("Auxiliary only", predictors.MultiBranchHead, fusion.replace,
@@ -138,88 +136,74 @@ PREDICTORS: dict[str, type[predictors.Predictor]] = {
 ANY_BETA = tuple(10 ** (i / 4) for i in range(-12, 13))  # biases of all sizes meet all rules in a factorial
 
 
+@dataclass(eq=False, repr=False)
 class Method:
-    """A fitted or fittable triple; made by `build`.
+    """A fitted or fittable triple; made by `build`."""
 
-    Attributes:
-        predictor_: the fitted predictor; its fields are the hyper-parameters it was fitted with.
-        chosen_: the hyper-parameters that the protocol chose, empty under `fixed`.
-        settings_: every hyper-parameter; of a name that predictor and fusion have, the fusion's value.
-        val_accuracy_: accuracy in [0, 1] of the choice on the images it was chosen on, None under `fixed`.
-    """
-
-    def __init__(self, name: str, entry: Entry, protocol: str, fixed_params: Setting) -> None:
-        self.name, self.entry, self.protocol, self.fixed_params = name, entry, protocol, dict(fixed_params)
+    name: str
+    entry: Entry
+    protocol: str
+    fixed_params: Setting  # hyper-parameters that are not chosen
+    predictor_: predictors.Predictor = field(init=False)  # its fields are the hyper-parameters after the choice
+    chosen_: dict[str, object] = field(init=False)  # hyper-parameters that the protocol chose, empty under `fixed`
+    settings_: dict[str, object] = field(init=False)  # all; of a name that predictor and fusion have, the fusion's
+    val_accuracy_: float | None = field(init=False)  # of the choice, in [0, 1], on the images it was made on
 
     def __repr__(self) -> str:
         params = ", ".join(f"{key}={value!r}" for key, value in self.fixed_params.items())
         return f"{self.entry.title} [{self.protocol}]({params})"
 
     def fit(self, task: FewShotTask) -> Method:
-        """Fit on the support and choose hyper-parameters by the protocol, from a copy without test labels.
-
-        A task without the class texts, equal shots or validation images that this needs raises a ValueError.
-        """
-        entry, shared = self.entry, dict(self.entry.defaults) | self.fixed_params
+        """Fit and choose without test labels; a task without texts, equal shots or validation images may be refused."""
+        entry, shared = self.entry, {**self.entry.defaults, **self.fixed_params}
         if obstacle := entry.obstacle(task, self.fixed_params):
             raise ValueError(f"{self.name}: {obstacle}")
-        tuning, choices = task.for_tuning(self.protocol), ", ".join(self._open(entry.fit_grid | entry.post_grid))
-        if choices and not tuning.val:
+        tuning = task.for_tuning(self.protocol)
+        fit_grid, post_grid = self._open(entry.fit_grid), self._open(entry.post_grid)
+        if (choices := ", ".join([*fit_grid, *post_grid])) and not tuning.val:
             lacking = f"{self.name} chooses {choices} on validation images, but {task.name} has none"
             raise ValueError(f"{lacking}; take protocol='fixed' or add validation images")
-        fit_grid, post_grid = self._open(entry.fit_grid), self._open(entry.post_grid)
-        betas = post_grid.pop("beta", ()) if "beta" in entry.fusion.defaults else ()
-        own = predictors.hyper_parameters(entry.predictor)
-        late = own.keys() - entry.fusion.defaults.keys()  # a post_grid value of a shared name is the fusion's
+        fused, own = entry.fusion.defaults, predictors.hyper_parameters(entry.predictor)
+        betas = post_grid.pop("beta", ()) if "beta" in fused else ()
         before, after = _settings(fit_grid), _settings(post_grid)
+        late = [_only(own.keys() - fused, post) for post in after]  # a shared name's value in post_grid is the fusion's
         fitted = entry.predictor.fit_many(tuning, [_only(own, shared, setting) for setting in before])
-
-        def candidates() -> Iterator[tuple[fusion.Rule, Tensor]]:
-            for predictor, setting in zip(fitted, before, strict=True):
-                biases = predictor.logits_grid(tuning.val, [_only(late, post) for post in after])
-                for post, bias in zip(after, biases, strict=True):
-                    yield partial(entry.fusion, **_only(entry.fusion.defaults, shared, setting, post)), bias
-
-        place, beta, self.val_accuracy_ = choose(candidates(), tuning.val, betas) if choices else (0, None, None)
-        setting, post = before[place // len(after)], after[place % len(after)]
-        self.predictor_ = copy.copy(fitted[place // len(after)])
-        vars(self.predictor_).update(_only(late, post))
-        self.chosen_ = setting | post | ({} if beta is None else {"beta": beta})
+        biases = chain.from_iterable(predictor.logits_grid(tuning.val, late) for predictor in fitted)
+        rules = (partial(entry.fusion, **_only(fused, shared, *both)) for both in product(before, after))
+        candidates = zip(rules, biases, strict=True)  # read one after another: all biases at once would fill memory
+        place, beta, self.val_accuracy_ = choose(candidates, tuning.val, betas) if choices else (0, None, None)
+        first, second = divmod(place, len(after))
+        self.predictor_ = fitted[first].with_params(**late[second])
+        self.chosen_ = before[first] | after[second] | ({} if beta is None else {"beta": beta})
         self.settings_ = entry.arguments() | self.fixed_params | self.chosen_
         return self
 
-    def bias(self, split: Split) -> Float[Tensor, "n C"]:
-        """Bias logits before the fusion."""
+    def bias(self, split: Split) -> Logits:  # before the fusion
         return self.predictor_.logits(split)
 
-    def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        """Fused logits of each row."""
+    def logits(self, split: Split) -> Logits:  # after it
         rule = self.entry.fusion
         return rule(split.zero_shot, self.bias(split), **_only(rule.defaults, self.settings_))
 
     def _open(self, grid: Mapping[str, Sequence]) -> dict[str, Sequence]:
-        """What the protocol has to choose."""
-        held = grid if self.protocol == "fixed" else self.fixed_params
-        return {name: options for name, options in grid.items() if name not in held}
+        """The part of a grid that the protocol has to choose from."""
+        closed = grid if self.protocol == "fixed" else self.fixed_params
+        return {name: options for name, options in grid.items() if name not in closed}
 
 
 def choose(
-    candidates: Iterable[tuple[fusion.Rule, Float[Tensor, "n C"]]], val: Split, betas: Sequence[float] = ()
+    candidates: Iterable[tuple[fusion.Rule, Logits]], val: Split, betas: Sequence[float] = ()
 ) -> tuple[int, float | None, float]:
     """Best candidate and beta on the images of `val`: its index, its beta (None without betas), its accuracy in [0, 1].
 
-    All candidates x betas form one list in the order of the grid; of equal accuracies the middle one is taken.
-
-    `candidates` are rule and bias logits under each setting, in the order of the grid, read one after another; `betas`
-    ascend and are tried with every candidate.
+    Candidates, a rule and bias logits each, are read one after another and tried with every beta; betas ascend. All
+    pairs form one list in the order of the grid; of equal accuracies the middle one is taken.
     """
-    on, classes = val.zero_shot, val.classes
-    scores = [
-        fusion.accuracy_over_beta(rule, on, bias, val.y, betas, classes)
-        if betas
-        else [metrics.accuracy(rule(on, bias), val.y, classes)]
-        for rule, bias in candidates
-    ]
+    s0, y, classes = val.zero_shot, val.y, val.classes
+    if betas:
+        scores = [fusion.accuracy_over_beta(rule, s0, bias, y, betas, classes) for rule, bias in candidates]
+    else:
+        scores = [[metrics.accuracy(rule(s0, bias), y, classes)] for rule, bias in candidates]
     table = torch.tensor(scores, dtype=torch.float64)
     if table.isnan().any():
         raise ValueError(f"nothing can be chosen on {len(val)} images of which none has a class of the task")
@@ -236,9 +220,9 @@ def build(name: str, protocol: str = "val", **fixed_params: object) -> Method:
         raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     predictor, slash, rule = name.partition("/")
     parts = ((predictor, PREDICTORS, "predictor"), (rule, fusion.FUSIONS, "fusion"))
-    for part, names, what in parts if slash else ((name, METHODS, "method"),):
-        if part not in names:
-            raise ValueError(f"no {what} {part!r}; {nearest(part, names)}")
+    for part, table, what in parts if slash else ((name, METHODS, "method"),):
+        if part not in table:
+            raise ValueError(f"no {what} {part!r}; {nearest(part, table)}")
     grid = {"beta": ANY_BETA} if slash and "beta" in fusion.FUSIONS[rule].defaults else {}
     entry = Entry(name, PREDICTORS[predictor], fusion.FUSIONS[rule], "ours", post_grid=grid) if slash else METHODS[name]
     for key in fixed_params:
@@ -257,9 +241,9 @@ def compare(
 ) -> pd.DataFrame:
     """Every contestant fitted on every task and tested on its test images; small tasks run side by side on threads.
 
-    `contestants` maps labels to a method's name and its fixed_params. One row per task and contestant: `label`, `task`,
-    `shots`, `seed`, `protocol`, `accuracy` in [0, 1], `correct` (mask of the test images of the task's classes),
-    `chosen` (a dict), `seconds` (of the fit, beside whatever ran then) and `method` (the fitted method).
+    `contestants` maps labels to a method's name and its fixed_params. One row per task and label, with `accuracy` in
+    [0, 1] (NaN without test images of the task's classes), `correct` (mask of these images), `chosen` (a dict),
+    `seconds` (of the fit, beside whatever ran then) and `method` (the fitted one).
     """
 
     def fit(pair: tuple[FewShotTask, str]) -> dict[str, object]:
@@ -273,9 +257,8 @@ def compare(
         return row | {"chosen": method.chosen_, "seconds": seconds, "method": method}
 
     pairs = list(product(tasks, contestants))
-    if any(task.support.zero_shot.numel() > SMALL for task, _ in pairs):  # one at a time needs half of the memory
-        return pd.DataFrame(map(fit, pairs))
-    return pd.DataFrame(training.in_threads(fit, pairs))
+    large = any(task.support.zero_shot.numel() > SMALL for task, _ in pairs)  # one at a time needs half of the memory
+    return pd.DataFrame(map(fit, pairs) if large else training.in_threads(fit, pairs))
 
 
 def compare_fusions(
@@ -283,19 +266,15 @@ def compare_fusions(
     val: Split,
     val_bias: Float[Tensor, "m C"],
     test: Split,
-    test_bias: Float[Tensor, "n C"],
+    test_bias: Logits,
     betas: Sequence[float],
     beta_by: str = "accuracy",
 ) -> pd.DataFrame:
     """One fitted bias under many fusion rules, each with the beta chosen on the validation images.
 
-    Args:
-        rules: functions of (zero_shot, bias), or of these and a beta with a default.
-        beta_by: `accuracy`, see `choose`; or `cross-entropy`, by `fusion.learn_beta`, for rules linear in beta.
-
-    Returns:
-        One row per rule: `beta` (NaN without one), the accuracies in [0, 1] `val` and `accuracy` (on `test`), and
-        `correct` (mask of the test images of the task's classes).
+    One row per rule: `beta` (NaN without one), the accuracies in [0, 1] `val` and `accuracy` (on `test`), and `correct`
+    (mask of the test images of the task's classes). `beta_by` is `accuracy`, see `choose`, or `cross-entropy`, see
+    `fusion.learn_beta`, for rules linear in beta.
     """
     if beta_by not in ("accuracy", "cross-entropy"):
         raise ValueError(f"beta is chosen by 'accuracy' or 'cross-entropy', not {beta_by!r}")
@@ -306,16 +285,16 @@ def compare_fusions(
             if not fusion.entry(rule).linear:
                 raise ValueError(f"beta is chosen by cross-entropy for rules linear in it; {name} is not")
             s0 = val.zero_shot.double()
-            direction = rule(s0, val_bias.double(), beta=1.0) - s0
-            options = [fusion.learn_beta(s0[labelled], direction[labelled], val.y[labelled])]
+            step = rule(s0, val_bias.double(), beta=1.0) - s0
+            options = [fusion.learn_beta(s0[labelled], step[labelled], val.y[labelled])]
         _, beta, score = choose([(rule, val_bias)], val, options)
-        logits = rule(test.zero_shot, test_bias, **({} if beta is None else {"beta": beta}))
-        row = {"fusion": name, "beta": math.nan if beta is None else beta, "val": score}
-        rows.append(row | _verdict(logits, test))
+        chosen = {} if beta is None else {"beta": beta}
+        logits = rule(test.zero_shot, test_bias, **chosen)
+        rows.append({"fusion": name, "beta": math.nan, "val": score} | chosen | _verdict(logits, test))
     return pd.DataFrame(rows).set_index("fusion")
 
 
-def _verdict(logits: Float[Tensor, "n C"], test: Split) -> dict[str, object]:
+def _verdict(logits: Logits, test: Split) -> dict[str, object]:
     hits = metrics.correct(logits, test.y, test.classes)[test.y >= 0]
     return {"accuracy": hits.double().mean().item(), "correct": hits}  # NaN without labelled images
 

@@ -8,9 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool
 from scipy import stats
-from torch import Tensor
 
 
 def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float = 0.95) -> tuple[float, float]:
@@ -22,43 +20,15 @@ def mean_interval(values: Sequence[float] | np.ndarray | pd.Series, level: float
 
 
 def interval_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy and half-width of its 95 % interval over seeds, in %, per label and number of shots.
+    """`mean` accuracy over seeds and `half`-width of its 95 % interval, in %, per `label` and number of `shots`.
 
-    Args:
-        results: rows with `label`, `shots` and `accuracy` in [0, 1], one per seed; one seed has half-width NaN.
+    `results` has a row per seed with `label`, `shots` and `accuracy` in [0, 1]; one seed has half-width NaN.
     """
     rows = [
-        {"label": label, "shots": shots, "mean": 100 * mean, "half": 100 * half}
+        (label, shots, *mean_interval(100 * group["accuracy"]))
         for (label, shots), group in results.groupby(["label", "shots"], sort=False)
-        for mean, half in [mean_interval(group["accuracy"])]
     ]
-    return pd.DataFrame(rows)
-
-
-def paired_bootstrap(
-    first: Bool[Tensor, "s n"],
-    second: Bool[Tensor, "s n"],
-    generator: np.random.Generator,
-    resamples: int = 2000,
-    level: float = 0.95,
-) -> dict[str, float]:
-    """Difference of two classifiers on the same images and seeds; images and seeds are both resampled.
-
-    Args:
-        first, second: correct predictions of each, one row per seed.
-
-    Returns:
-        `difference` of the accuracies (first - second), its interval `low`, `high`, and `p`, two-sided.
-    """
-    gap = first.float().numpy() - second.float().numpy()
-    seeds, n = gap.shape
-    draws = np.empty(resamples)
-    for i in range(resamples):
-        images = generator.integers(n, size=n)
-        draws[i] = gap[generator.integers(seeds, size=seeds)].mean(axis=0)[images].mean()
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    p = min(1.0, 2 * (1 + min((draws <= 0).sum(), (draws >= 0).sum())) / (1 + resamples))
-    return {"difference": float(gap.mean()), "low": float(low), "high": float(high), "p": float(p)}
+    return pd.DataFrame(rows, columns=["label", "shots", "mean", "half"])
 
 
 def paired(first: Sequence[float] | pd.Series, second: Sequence[float] | pd.Series) -> dict[str, float]:
@@ -67,21 +37,19 @@ def paired(first: Sequence[float] | pd.Series, second: Sequence[float] | pd.Seri
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     mean, half = mean_interval(gap)
-    p = math.nan if len(gap) < 2 else float(np.ptp(gap) == 0 and mean == 0)
     if len(gap) > 1 and np.ptp(gap) > 0:
         p = float(stats.ttest_1samp(gap, 0.0).pvalue)
+    else:
+        p = math.nan if len(gap) < 2 else float(mean == 0)  # one seed; or one difference in all
     return {"difference": mean, "half": half, "p": p}
 
 
 def against(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Every column `paired` with one of them, corrected by Holm for their number.
 
-    Args:
-        scores: one row per seed (of one data set and number of shots), one column per method.
-
-    Returns:
-        One row per other column: `difference`, `half`, `p`, `p_holm`, `verdict` at 5 % (better, worse, tie; a dash with
-        one seed) and `edge`, whether p_holm lies between 0.02 and 0.08, where the verdict may turn.
+    `scores` has a row per seed (of one data set and number of shots) and a column per method. A row per other column
+    comes back: `difference`, `half`, `p`, `p_holm`, `verdict` at 5 % (better, worse, tie; a dash with one seed) and
+    `edge`, whether p_holm lies between 0.02 and 0.08, where the verdict may turn.
     """
     table = pd.DataFrame({name: paired(scores[name], scores[reference]) for name in scores.columns.drop(reference)}).T
     table["p_holm"] = holm(table["p"]) if table["p"].notna().all() else math.nan
@@ -97,28 +65,6 @@ def pm(mean: float, half: float, digits: int = 1, sign: bool = False) -> str:
     return " ± ".join(part if math.isfinite(x) else "–" for part, x in zip(parts, (mean, half), strict=True))
 
 
-def signed_rank_table(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Comparison of every column with one of them by Wilcoxon's signed-rank test, corrected by Holm for their number.
-
-    Args:
-        scores: one row per block (data set x shots x seed), one column per method.
-
-    Returns:
-        One row per other method: mean `difference` to the reference, `p`, `p_holm`, and `verdict` at 5 %:
-        better, worse or tie.
-    """
-    rows = []
-    for name in scores.columns.drop(reference):
-        gap = (scores[name] - scores[reference]).dropna()
-        p = 1.0 if (gap == 0).all() else float(stats.wilcoxon(gap).pvalue)
-        rows.append({"method": name, "difference": gap.mean(), "p": p})
-    table = pd.DataFrame(rows).set_index("method")
-    table["p_holm"] = holm(table["p"].to_numpy())
-    significant = table["p_holm"] < 0.05
-    table["verdict"] = np.where(~significant, "tie", np.where(table["difference"] > 0, "better", "worse"))
-    return table
-
-
 def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     """P-values corrected by Holm's step-down rule for the number of comparisons."""
     raw = np.asarray(p, dtype=float)
@@ -129,46 +75,16 @@ def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     return corrected
 
 
-def mean_ranks(scores: pd.DataFrame, level: float = 0.95) -> tuple[pd.Series, float]:
-    """Each method's mean rank over the blocks (1 is best), and Nemenyi's critical difference.
-
-    CD = q sqrt(k (k + 1) / (6 N)), q the studentised range over sqrt(2)        (Demsar, 2006)
-    """
-    blocks, k = scores.shape
-    ranks = scores.rank(axis=1, ascending=False).mean()
-    quantile = stats.studentized_range.ppf(level, k, np.inf) / math.sqrt(2)
-    return ranks.sort_values(), float(quantile * math.sqrt(k * (k + 1) / (6 * blocks)))
-
-
-def cliques(ranks: pd.Series, difference: float) -> list[tuple[str, ...]]:
-    """Largest groups of methods whose mean ranks lie within the critical difference."""
-    names = list(ranks.sort_values().index)
-    groups = []
-    for i, first in enumerate(names):
-        group = tuple(name for name in names[i:] if ranks[name] - ranks[first] <= difference)
-        if len(group) > 1 and (not groups or not set(group) <= set(groups[-1])):
-            groups.append(group)
-    return groups
-
-
 def shapley(value: Callable[[frozenset[str]], float], players: Sequence[str]) -> dict[str, float]:
     """Contribution of each part to `value(all) - value(none)`: its marginal gain averaged over all orders.
 
-    Args:
-        value: of a coalition, for instance the accuracy of a method in which only these parts are switched on.
+    `value` is a coalition's, for instance the accuracy of a method in which only these parts are switched on.
     """
     n, values = len(players), {}
     for size in range(n + 1):
         values |= {frozenset(c): value(frozenset(c)) for c in combinations(players, size)}
-    contributions = {}
-    for player in players:
-        others = [p for p in players if p != player]
-        contributions[player] = sum(
-            (values[frozenset(c) | {player}] - values[frozenset(c)])
-            * math.factorial(size)
-            * math.factorial(n - size - 1)
-            / math.factorial(n)
-            for size in range(n)
-            for c in combinations(others, size)
-        )
-    return contributions
+    weights = [math.factorial(size) * math.factorial(n - size - 1) / math.factorial(n) for size in range(n)]
+    return {
+        player: sum(weights[len(c)] * (values[c | {player}] - values[c]) for c in values if player not in c)
+        for player in players
+    }

@@ -4,8 +4,6 @@ A method learns from a task's `support`, may choose hyper-parameters on `val`, a
 L2-normalised here, once: all modules below work on unit rows, while features on disk keep their encoder's scale.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,7 +40,7 @@ class Split:
             raise ValueError(f"features are 'clip', 'aux' or 'clip+aux', not {kind!r}")
         return torch.cat([self.clip, self.aux], dim=1) * 0.5**0.5 if kind == "clip+aux" else getattr(self, kind)
 
-    def rows(self, index: Int64[Tensor, " m"]) -> Split:
+    def rows(self, index: Int64[Tensor, " m"]) -> "Split":
         """The chosen rows as a split of their own."""
         return Split(self.clip[index], self.aux[index], self.y[index], self.zero_shot[index], self.classes)
 
@@ -74,65 +72,54 @@ class FewShotTask:
     def from_arrays(
         cls,
         *,
-        support: Arrays,
+        support: Arrays,  # `clip [n, D]`, `aux [n, Da]` and `y [n]`; CLIP's rows stand in where no part has `aux`
         val: Arrays | None,
-        test: Arrays,
-        text: Any = None,
+        test: Arrays,  # may have labels -1 and `classes`, see `Split`
+        text: Any = None,  # one row per class; without it, `classnames` or `num_classes` is needed
         classnames: Sequence[str] | None = None,
         num_classes: int | None = None,
         seed: int = 0,
         name: str = "arrays",
-        views: Sequence[Arrays] = (),
-    ) -> FewShotTask:
-        """A task from plain arrays: features of any scale, labels as integers.
-
-        Args:
-            support, val, test: each with `clip [n, D]`, `aux [n, Da]` (in none: CLIP's rows stand in) and `y [n]`;
-                test may have labels -1 and `classes`, see `Split`.
-            text: one row per class; without it, `classnames` or `num_classes` is needed.
-            views: augmented renderings of the support, in its row order.
-
-        Raises:
-            ValueError: parts disagree, a class has no support image, test is empty, a row is zero or not finite.
-        """
+        views: Sequence[Arrays] = (),  # augmented renderings of the support, in its row order
+    ) -> "FewShotTask":
+        """A task from plain arrays: features of any scale, labels as integers; what does not fit is refused."""
         text = None if text is None else _unit(text, f"{name}: text features")
-        counted = {"text": text, "classnames": classnames, "num_classes": range(num_classes) if num_classes else None}
-        sizes = {what: len(classes) for what, classes in counted.items() if classes is not None}
+        named = {"text": text, "classnames": classnames, "num_classes": range(num_classes) if num_classes else None}
+        sizes = {what: len(classes) for what, classes in named.items() if classes is not None}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"{name}: text, classnames or num_classes must give one number of classes, not {sizes}")
         names = tuple(classnames or (f"class {c}" for c in range(max(sizes.values()))))
-        given = {"support": support, "test": test} | ({} if val is None else {"val": val})
-        given |= {f"view {i}": view for i, view in enumerate(views)}
-        with_aux = any("aux" in arrays for arrays in given.values())
-        parts = {part: _split(arrays, text, len(names), with_aux, name, part) for part, arrays in given.items()}
+        arrays = {"support": support, "test": test} | ({} if val is None else {"val": val})
+        arrays |= {f"view {i}": view for i, view in enumerate(views)}
+        with_aux = any("aux" in part for part in arrays.values())
+        parts = {part: _split(given, text, len(names), with_aux, name, part) for part, given in arrays.items()}
         widths = {part: split.aux.shape[1] for part, split in parts.items()}
         if len(set(widths.values())) > 1:
             raise ValueError(f"{name}: auxiliary features have different dimensions: {widths}")
         if not parts["test"]:
             raise ValueError(f"{name}: test has no images")
-        counts = torch.bincount(parts["support"].y, minlength=len(names))
+        support, test, val = parts.pop("support"), parts.pop("test"), parts.pop("val", None) or None  # if not empty
+        counts = torch.bincount(support.y, minlength=len(names))
         if not counts.all():
             raise ValueError(f"{name}: support has no image of class {names[int(counts.argmin())]!r}")
-        support, test, val = parts.pop("support"), parts.pop("test"), parts.pop("val", None) or None  # if not empty
         for part, view in parts.items():
             if not torch.equal(view.y, support.y):
                 raise ValueError(f"{name}: {part} has other labels than the support, whose rows it must follow")
         return cls(support, val, test, text, names, int(counts.max()), seed, name, tuple(parts.values()))
 
-    def for_tuning(self, protocol: str) -> FewShotTask:
-        """The copy that a method may learn from and choose on; it holds no test part.
+    def for_tuning(self, protocol: str) -> "FewShotTask":
+        """The copy, without test part, that a method may learn from and choose on: `val` leaves val, `fixed` nothing.
 
-        `val` leaves support and val, `fixed` the support alone. Under `oracle` the test images of the task's classes
-        take the place of val: results of that protocol are optimistic and must carry its name.
+        `oracle` chooses on the test images of the task's classes; its results are optimistic and must carry its name.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
         if protocol != "oracle":
             return replace(self, val=self.val if protocol == "val" else None, test=None)
-        labelled = torch.nonzero(self.test.y >= 0)[:, 0] if self.test else ()
-        if len(labelled) == 0:
+        labelled = self.test.y >= 0 if self.test else torch.zeros(0, dtype=torch.bool)
+        if not labelled.any():
             raise ValueError("the oracle protocol needs test images of the task's classes, this task has none")
-        return replace(self, val=self.test if len(labelled) == len(self.test) else self.test.rows(labelled), test=None)
+        return replace(self, val=self.test if labelled.all() else self.test.rows(labelled.nonzero()[:, 0]), test=None)
 
 
 @dataclass(frozen=True)
@@ -150,10 +137,10 @@ class TaskSource:
 
     @cached_property
     def test(self) -> Split:
-        """The test part, normalised once for all tasks."""
+        """The test part, normalised once for all tasks; without a common class there is nothing to restrict to."""
         common = self.class_map[self.class_map >= 0].unique()
-        every = len(common) in (0, len(self.classnames))  # without a common class there is nothing to restrict to
-        return replace(self.split("test", slice(None)), classes=None if every else common)
+        some = 0 < len(common) < len(self.classnames)
+        return replace(self.split("test", slice(None)), classes=common if some else None)
 
     def split(self, part: str, rows: Int64[Tensor, " n"] | slice, view: int | None = None) -> Split:
         """Some rows of a part; several auxiliary encoders' unit rows stand side by side."""
@@ -166,39 +153,31 @@ class TaskSource:
 
 
 def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, tuple[str, ...]]:
-    """Names of the CLIP encoder and of the auxiliary encoders; `auto` takes those of the card, else the embedded ones.
+    """Names of the CLIP encoder and of the auxiliary ones, which `aux` joins by commas.
 
-    A bank's are its first CLIP file and all its auxiliary files; "clip" (CLIP's own features) where it has none.
+    `auto` takes a bank's first CLIP file and all its auxiliary files, or "clip" (CLIP's own features) where it has
+    none; of images the auxiliary encoders that the card names, else the embedded ones.
     """
     card = _card(dataset)
     if isinstance(card, FeatureBank):
         own_clip, own_aux = card.clip_encoders[0], card.aux_encoders or ("clip",)
     else:
         own_clip, own_aux = "embedded:clip", card.aux or datasets.load("shapes").aux
-    return own_clip if clip == "auto" else clip, own_aux if aux == "auto" else tuple(aux.split("+"))
+    return own_clip if clip == "auto" else clip, own_aux if aux == "auto" else tuple(aux.split(","))
 
 
 def load_source(
-    dataset: str,
+    dataset: str,  # a name that `datasets.load` knows, or `features:PATH`
     clip: str = "auto",
-    aux: str = "auto",
+    aux: str = "auto",  # several joined by commas, see `encoders`; auto: the first of them
     *,
-    test: str = "",
-    templates: str = "auto",
-    views: int = 0,
-    need_text: bool = True,
-    **extraction: Any,
+    test: str = "",  # the data set to test on, if another; classes are matched by WordNet code, else by name
+    templates: str = "auto",  # auto: the data set's own prompts; else `7`, `80` or a file, see `datasets.prompts`
+    views: int = 0,  # random crops and flips of each training image, which heads are then trained on
+    need_text: bool = True,  # False lets a bank without text features pass; zero-shot logits are then zeros
+    **extraction: Any,  # options of `features.load_many` (device, precision, batch_size, quarantine, ...)
 ) -> TaskSource:
-    """Features of a data set (a name that `datasets.load` knows, or `features:PATH`), extracted if not yet cached.
-
-    Args:
-        clip, aux: encoders by name, or `auto`, see `encoders`; several `aux` joined by `+`, `auto` is the first.
-        test: the data set to test on, if another; classes are matched by WordNet code, else by name.
-        templates: `auto` for the data set's own prompts; else `7`, `80` or a file, see `datasets.prompts`.
-        views: random crops and flips of each training image, which heads are then trained on; 0 for none.
-        need_text: False lets a bank without text features pass; zero-shot logits are then zeros.
-        extraction: options of `features.load_many` (device, precision, batch_size, quarantine, ...).
-    """
+    """Features of a data set, extracted if not yet cached."""
     if views == 1 or views < 0:
         raise ValueError(f"views is 0 (plain images) or at least 2 random crops, not {views}")
     test = test or dataset
@@ -232,15 +211,14 @@ def load_source(
     codes = [getattr(one, "codes", ()) for one in (card, test_card)]
     classnames = [parts[part][0].classnames for part in ("train", "test")]
     class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
-    return TaskSource(dataset, test, classnames[0], parts, text, class_map, (clip, "+".join(auxiliaries)), prints)
+    return TaskSource(dataset, test, classnames[0], parts, text, class_map, (clip, ",".join(auxiliaries)), prints)
 
 
 def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
-    """A K-shot task: nested in `shots` (the 4 shots of a seed contain its 2 shots), stratified by class.
+    """A K-shot task, stratified by class; the 4 shots of a seed contain its 2 shots.
 
-    Args:
-        shots: support images per class; a class with fewer gives all it has, but one must have as many.
-        val_shots: validation images per class, at most `shots` of them (CoOp's min(K, 4)); 0 keeps all.
+    A class with fewer training images gives all it has, but one must have `shots`. Validation images are at most
+    min(shots, val_shots) per class, CoOp's min(K, 4); 0 keeps all.
     """
     if shots < 1 or val_shots < 0:
         raise ValueError(f"shots must be 1 or more and val_shots 0 or more, not {shots} and {val_shots}")
@@ -254,9 +232,9 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     rows = _draw_rows(y, shots, generator)
     val_y = source.parts["val"][0].y if "val" in source.parts else y[:0]
     val_rows = _draw_rows(val_y, min(shots, val_shots) or len(val_y), generator).sort().values
+    val = source.split("val", val_rows) if len(val_rows) else None
     num_views = len(source.parts["views"][0].x) if "views" in source.parts else 0
     views = tuple(source.split("views", rows, view) for view in range(num_views))
-    val = source.split("val", val_rows) if len(val_rows) else None
     name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
     support, rows = source.split("train", rows), rows.sort().values
     return FewShotTask(support, val, source.test, source.text and source.text.x, names, shots, seed, name, views, rows)
@@ -276,7 +254,7 @@ def _card(dataset: str) -> FeatureBank | datasets.Dataset:
 
 def _match(classes: Sequence[str], test_classes: Sequence[str], what: str) -> Int64[Tensor, " T"]:
     """Index of each class of the test set among the task's classes, -1 for none."""
-    mine, others = ([datasets._plain(name) for name in group] for group in (classes, test_classes))
+    mine, others = ([datasets.plain_name(name) for name in group] for group in (classes, test_classes))
     if len(set(mine)) < len(mine) and mine != others:
         raise ValueError(f"{what}: two classes of one name, {max(mine, key=mine.count)!r}, cannot be matched by it")
     index = {name: c for c, name in enumerate(mine)}
@@ -311,8 +289,7 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
 def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:
     """One part, checked; -1 may stand among the labels of `test` alone."""
     what, keys = f"{name}, {part}", ("clip", "aux", "y") if with_aux else ("clip", "y")
-    missing = [key for key in keys if key not in arrays]
-    if missing:
+    if missing := [key for key in keys if key not in arrays]:
         raise ValueError(f"{what}: needs {', '.join(keys)}; lacks {', '.join(missing)}")
     clip, y = _unit(arrays["clip"], f"{what}: CLIP features"), _tensor(arrays["y"])
     aux = _unit(arrays["aux"], f"{what}: auxiliary features") if with_aux else clip

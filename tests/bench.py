@@ -138,12 +138,10 @@ def random_task(seed: int = 0, **sizes: object) -> FewShotTask:
 def random_bank(folder: Path, **sizes: object) -> str:
     """Name of a data set: the same features, written as a bank."""
     arrays = random_arrays(**sizes)
-    splits = {"train": arrays["support"], "val": arrays["val"], "test": arrays["test"]}
+    text, splits = arrays.pop("text"), {"train": arrays["support"], "val": arrays["val"], "test": arrays["test"]}
     clip, aux, y = ({split: part[kind] for split, part in splits.items()} for kind in ("clip", "aux", "y"))
-    names = [f"class {c}" for c in range(len(arrays["text"]))]
-    text = {"clip_random": arrays["text"]}
-    parts = {"clip": {"clip_random": clip}, "aux": {"aux_random": aux}, "text": text, "labels": y}
-    features.save_bank(folder, class_names=names, **parts)
+    parts = {"clip": {"clip_random": clip}, "aux": {"aux_random": aux}, "text": {"clip_random": text}, "labels": y}
+    features.save_bank(folder, class_names=[f"class {c}" for c in range(len(text))], **parts)
     return f"features:{folder}"
 
 
@@ -205,17 +203,16 @@ def plain_tip_adapter(task: FewShotTask, sharpnesses: Sequence[float], betas: Se
 def claim(title: str, aim: float, plain: Callable, ours: Callable, repeats: int) -> tuple[dict, object, object]:
     """A row of the table, and what the two ways gave last."""
     last = {}
-    ways = {"plain": lambda: last.update(plain=plain()), "ours": lambda: last.update(ours=ours())}
-    paired = in_turns(ways, repeats)
+    paired = in_turns({"plain": lambda: last.update(a=plain()), "ours": lambda: last.update(b=ours())}, repeats)
     row = {"title": title, "ratio": ratio(paired["plain"], paired["ours"]), "aim": aim, "limit": float("nan")}
-    return row | paired.median().to_dict(), last["plain"], last["ours"]
+    return row | paired.median().to_dict(), last["a"], last["b"]
 
 
 def time_heads(task: FewShotTask, size: Mapping, rate: float) -> dict[str, dict]:
     """Rows of AMU-Tuning's heads, many at once, and of the path of convex optima."""
     pairs = list(product((0.2, 0.5, 0.8), (1.0, 2.0, 5.0, 10.0, 20.0)))
     settings = [{"lam": lam, "beta": beta} for lam, beta in (pairs[i % 15] for i in range(size["heads"]))]
-    tries = {c: lambda c=c: on_threads(c, lambda: plain_heads(task, settings[:1], 1)) for c in {1, size["threads"]}}
+    tries = {c: partial(on_threads, c, partial(plain_heads, task, settings[:1], 1)) for c in {1, size["threads"]}}
     best = int(in_turns(tries, 1 + size["repeats"])[1:].min().idxmin())  # threads that suit the plain loop
 
     def plain(some: Sequence[Mapping[str, float]]) -> Tensor:
@@ -247,26 +244,27 @@ def time_grid(task: FewShotTask, size: Mapping, rate: float) -> dict[str, dict]:
     """Row of Tip-Adapter's grid of sharpness and beta, searched on validation images."""
     grid, fit = methods.METHODS["tip_adapter"].post_grid, methods.build("tip_adapter").fit
     plain = partial(plain_tip_adapter, task, grid["sharpness"], grid["beta"])
-    row, best, fitted = claim("Tip-Adapter's grid", AIMS["grid"], plain, lambda: fit(task), size["repeats"])
-    limit = 2e-9 * len(task.val) * len(task.support) * size["dim"] / rate
-    return {
-        "grid": row | {"limit": limit, "cost": ("points on validation images", 100 * (fitted.val_accuracy_ - best))}
-    }
+    row, best, fitted = claim("Tip-Adapter's grid", AIMS["grid"], plain, partial(fit, task), size["repeats"])
+    row["limit"] = 2e-9 * len(task.val) * len(task.support) * size["dim"] / rate
+    return {"grid": row | {"cost": ("points on validation images", 100 * (fitted.val_accuracy_ - best))}}
 
 
 def time_extraction(size: Mapping, scratch: Path) -> dict[str, dict]:
     """Row of extraction from JPEG files, decoding and shards included, against the network on decoded batches."""
     name, load = random_photos(scratch / "photos", size["photos"]), partial(encoders.load_encoder, size["encoder"])
-    transform, images, turn = load().transform, datasets.load(name).images("train"), count()
-    batches = torch.stack([transform(image) for image in images]).split(64)
-    row, bare, ours = claim(
-        "extraction against\nthe bare network",
-        AIMS["extraction"],
-        lambda: torch.cat([model.encode_images(batch) for model in [load()] for batch in batches]),
-        lambda: features.load(name, "train", size["encoder"], cache=scratch / f"cache{next(turn)}").x,
-        size["repeats"],
-    )
-    return {"extraction": row | {"cost": ("largest difference of features", (bare - ours).abs().max().item())}}
+    transform, turn = load().transform, count()
+    batches = torch.stack([transform(image) for image in datasets.load(name).images("train")]).split(64)
+
+    def plain() -> Tensor:
+        model = load()
+        return torch.cat([model.encode_images(batch) for batch in batches])
+
+    def ours() -> Tensor:
+        return features.load(name, "train", size["encoder"], cache=scratch / f"cache{next(turn)}").x
+
+    title = "extraction against\nthe bare network"
+    row, bare, cached = claim(title, AIMS["extraction"], plain, ours, size["repeats"])
+    return {"extraction": row | {"cost": ("largest difference of features", (bare - cached).abs().max().item())}}
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:
@@ -305,12 +303,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, draw `speed` and leave a record, the last thing written."""
     parser = argparse.ArgumentParser(description="how fast the workbook is, against plain loops")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: no numbers to report")
-    parser.add_argument("--folder", type=Path, default=runs.ROOT / "runs" / runs.BENCH)
+    parser.add_argument("--folder", type=Path, default=runs.ROOT / "runs" / "bench")
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else FULL
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "metrics.json").unlink(missing_ok=True)
-    run = runs.Run(runs.BENCH, {"quick": options.quick}, options.folder)
+    run = runs.Run("bench", {"quick": options.quick}, options.folder)
     before = torch.get_num_threads()
     torch.set_num_threads(size["threads"])
     host = machine(size["square"])
@@ -335,8 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("import: " + ", ".join(f"{name} {spent:.2f} s" for name, spent in imported.items()))
     figures.save_figure(draw(table), "speed", options.folder / "figures")
     torch.set_num_threads(before)
-    shortcuts = {name: row.to_dict() for name, row in table.iterrows()}
-    run.record({"machine": host, "claims": shortcuts, "table_minutes": minutes, "large": fitted, "import_s": imported})
+    measured = {"machine": host, "claims": rows, "table_minutes": minutes, "large": fitted, "import_s": imported}
+    run.record(measured)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["lib", "draw", "world", "objectives", "train"], "beartype.beartype")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "data"), str(ROOT / "data" / "embedded")]
+sys.path[:0] = [str(ROOT / "data"), str(ROOT / "data" / "embedded"), str(ROOT / "figures")]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

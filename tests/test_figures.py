@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import figures, methods, statistics
+from lib import figures, methods
 
 
 @pytest.fixture
@@ -42,15 +42,6 @@ def test_a_signed_heat_map_is_white_at_zero(ax):
     assert [text.get_text() for text in ax.texts] == ["+1", "-4", "+0"]
     norm = ax.collections[0].norm
     assert (norm.vmin, norm.vmax) == (-4, 4)
-
-
-def test_a_critical_difference_diagram_names_every_method_with_its_rank(ax):
-    ranks = pd.Series({"a": 1.2, "b": 1.9, "c": 2.9})
-    labels = {name: (name.upper(), "k") for name in ranks.index}
-    figures.critical_difference(ax, ranks, 1.0, statistics.cliques(ranks, 1.0), labels)
-    texts = " ".join(text.get_text() for text in ax.texts)
-    assert all(piece in texts for piece in ("1.2  A", "1.9  B", "C  2.9", "critical difference 1.0"))
-    assert ax.get_xlim()[0] > ax.get_xlim()[1], "the best stands on the right"
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path):

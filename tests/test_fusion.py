@@ -33,9 +33,9 @@ def test_uncertainty_agrees_with_the_released_code(kind, rho):
 def test_uncertainty_is_finite_where_the_released_code_is_not(kind, on):
     rows = authors.outputs("amu")["edge_logits"]
     for odd in (rows, torch.tensor([[200.0, 0.0], [0.0, 0.0], [-5.0, -5.0]])):
-        found = fusion.uncertainty(odd, kind, on=on)
-        assert torch.isfinite(found).all()
-        assert (found > 0).all()
+        ours = fusion.uncertainty(odd, kind, on=on)
+        assert torch.isfinite(ours).all()
+        assert (ours > 0).all()
 
 
 @pytest.mark.parametrize("norm", ["mean", "softmax", "linear"])
@@ -50,8 +50,8 @@ def test_similarity_agrees_with_cafo(norm):
 def test_classwise_agrees_with_luminet():
     inputs, luminet = authors.outputs("scores_inputs"), authors.outputs("luminet")
     zero_shot = 100 * inputs["img_test"] @ inputs["text"].T
-    found = fusion.classwise(torch.zeros_like(zero_shot), zero_shot)
-    assert authors.error(found, luminet["perception_zs"]) < 1e-4
+    ours = fusion.classwise(torch.zeros_like(zero_shot), zero_shot)
+    assert authors.error(ours, luminet["perception_zs"]) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1, 5])
@@ -60,8 +60,8 @@ def test_perception_agrees_with_perceptionclip(mode, temperature):
     inputs, theirs = authors.outputs("scores_inputs"), authors.outputs("perceptionclip")
     logits = 100 * torch.einsum("nd,czd->ncz", inputs["img_test"], inputs["text_yz"])
     contexts = 100 * inputs["img_test"] @ inputs["text_factor"].T if mode else None
-    found = fusion.perception(logits, contexts, float(temperature)).exp()
-    assert authors.error(found, theirs[f"probs_mode{mode}_T{temperature}"]) < 1e-4
+    ours = fusion.perception(logits, contexts, float(temperature)).exp()
+    assert authors.error(ours, theirs[f"probs_mode{mode}_T{temperature}"]) < 1e-4
 
 
 @pytest.mark.parametrize("rule", [r for r in fusion.FUSIONS.values() if r is not fusion.replace])
@@ -96,7 +96,7 @@ def test_rows_that_are_not_finite_are_refused_and_counted(rule, logits):
 
 
 @pytest.mark.parametrize("rule", [rule for rule in fusion.FUSIONS.values() if "beta" in rule.defaults])
-def test_rules_are_linear_in_beta_and_depend_on_other_rows_as_they_say(rule, logits):
+def test_rules_are_linear_in_beta_and_depend_on_other_rows_as_declared(rule, logits):
     zero_shot, bias, _ = logits
     one, three = (rule(zero_shot, bias, beta=beta) - zero_shot for beta in (1.0, 3.0))
     assert torch.allclose(three, 3 * one, atol=1e-4) == rule.linear
@@ -104,7 +104,7 @@ def test_rules_are_linear_in_beta_and_depend_on_other_rows_as_they_say(rule, log
     assert torch.allclose(few, rule(zero_shot, bias)[:9], atol=1e-5) != rule.per_batch
 
 
-def test_fusions_are_named_after_their_functions_and_know_their_defaults():
+def test_fusions_have_the_names_and_defaults_of_their_functions():
     assert all(
         rule.name == name and fusion.entry(rule.function).defaults == rule.defaults
         for name, rule in fusion.FUSIONS.items()
@@ -119,11 +119,11 @@ def test_dynamic_moves_clip_as_far_as_the_bias_moves(logits):
     fused = fusion.dynamic(zero_shot, bias, beta=0.5, limit=50.0)
     p, p0, q = (v.double().softmax(1) for v in (fused, zero_shot, 0.5 * bias))
     moved = (p * (p / p0).log()).sum(1)
-    wanted = (q * (q * 7).log()).sum(1)
+    target = (q * (q * 7).log()).sum(1)
     a = ((fused - zero_shot) * bias).sum(1) / (0.5 * bias * bias).sum(1)
     reachable = a < 49  # no bias moves the rest as far
     assert reachable.sum() > 70
-    assert torch.allclose(moved[reachable], wanted[reachable], rtol=1e-3)
+    assert torch.allclose(moved[reachable], target[reachable], rtol=1e-3)
 
 
 def test_a_gate_leaves_confident_images_alone(logits):
@@ -163,11 +163,15 @@ def test_accuracy_over_beta_is_the_plain_loop(rule, ties, logits):
     if ties:  # whole numbers meet exactly, at whole betas and along whole rows
         zero_shot, bias = zero_shot.round(), bias.round()
     betas = [0.0, 1.0, 2.0, *torch.logspace(-4, 3, 60).tolist()]
-    found = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert found == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
     y, classes = y.where(y < 5, -1), torch.tensor([4, 0, 1, 3])
-    found = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas, classes)
-    assert found == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas, classes)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
+    same = [0.0, 1e-9, 2e-9, 3e-9]  # no prediction changes
+    assert fusion.accuracy_over_beta(rule, zero_shot, bias, y, same) == [
+        metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in same
+    ]
 
 
 def test_accuracy_over_beta_calls_the_rule_on_the_changing_rows_alone(logits):
@@ -189,17 +193,19 @@ def test_accuracy_over_beta_calls_the_rule_on_the_changing_rows_alone(logits):
 
 def test_accuracy_over_beta_is_nan_without_labelled_images(logits):
     zero_shot, bias, y = logits
-    found = fusion.accuracy_over_beta(fusion.additive, zero_shot, bias, torch.full_like(y, -1), [0.0, 1.0, 2.0, 3.0])
-    assert len(found) == 4 and all(map(math.isnan, found))
+    accuracies = fusion.accuracy_over_beta(
+        fusion.additive, zero_shot, bias, torch.full_like(y, -1), [0.0, 1.0, 2.0, 3.0]
+    )
+    assert len(accuracies) == 4 and all(map(math.isnan, accuracies))
 
 
 def test_accuracy_over_beta_takes_rules_with_their_settings(logits):
     zero_shot, bias, y = logits
     rule = partial(fusion.uncertain, confidence="max", rho=1.0)
     betas = torch.linspace(0, 50, 30).tolist()
-    found = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert found == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
-    assert len(set(found)) > 3
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    assert len(set(accuracies)) > 3
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,20 @@ def test_compare_counts_test_images_of_the_tasks_classes_only(make_task):
     assert torch.equal(results["correct"][0], metrics.correct(logits, y[y >= 0]))
 
 
-def judge(task, rules, betas, test_y=None, **options):
+@pytest.mark.parametrize("classes", [None, torch.tensor([], dtype=torch.int64), torch.tensor([1, 3])])
+def test_accuracy_is_nan_on_a_test_set_without_a_class_of_the_task(classes, make_task):
+    task = make_task()
+    test = replace(task.test, y=torch.full_like(task.test.y, -1), classes=classes)
+    contestants = {"GDA": ("gda", {}), "AMU": ("amu", BRIEF["amu"]), "no fusion": ("linear_probe", {})}
+    results = methods.compare([replace(task, test=test)], contestants)
+    assert results["accuracy"].isna().all() and set(map(len, results["correct"])) == {0}
+    table = methods.compare_fusions(
+        fusion.FUSIONS, task.val, task.val.zero_shot, test, test.zero_shot, methods.ANY_BETA[::6]
+    )
+    assert table["accuracy"].isna().all() and table["val"].notna().all()
+
+
+def compare_rules(task, rules, betas, test_y=None, **options):
     biases = [split.aux @ split.aux.new_ones(task.support.aux.shape[1], 5).cumsum(1) for split in (task.val, task.test)]
     test = task.test if test_y is None else replace(task.test, y=test_y)
     return methods.compare_fusions(rules, task.val, biases[0], test, biases[1], betas, **options), biases
@@ -274,7 +287,7 @@ def test_fusions_take_beta_from_the_validation_images_alone(make_task):
         {name: fusion.FUSIONS[name] for name in ("additive", "wise", "classwise", "replace")},
         (1.0, 0.0, 0.5),
     )
-    table, (val_bias, test_bias) = judge(task, rules, betas)
+    table, (val_bias, test_bias) = compare_rules(task, rules, betas)
     assert list(table.index) == list(rules) and math.isnan(table["beta"]["replace"])
     for name, row in table.drop("replace").iterrows():
         at_val, at_test = (
@@ -284,7 +297,7 @@ def test_fusions_take_beta_from_the_validation_images_alone(make_task):
         assert (row["val"], row["accuracy"]) == (at_val, at_test)
         assert at_val == max(fusion.accuracy_over_beta(rules[name], task.val.zero_shot, val_bias, task.val.y, betas))
     assert table["accuracy"]["replace"] == metrics.accuracy(test_bias, task.test.y)
-    again, _ = judge(task, rules, betas, (task.test.y + 1) % 5)
+    again, _ = compare_rules(task, rules, betas, (task.test.y + 1) % 5)
     assert again["beta"].dropna().tolist() == table["beta"].dropna().tolist()
     flat = methods.compare_fusions(
         {"additive": fusion.additive}, task.val, 0 * val_bias, task.test, test_bias, (1.0, 0.01, 5.0, 0.2, 9.0)
@@ -305,10 +318,10 @@ def test_beta_may_be_chosen_by_cross_entropy(make_task):
         ]
         assert row["beta"] > 0 and losses[0] == min(losses)
     with pytest.raises(ValueError, match="rules linear in it; dynamic is not"):
-        judge(task, {"dynamic": fusion.dynamic}, (1.0,), beta_by="cross-entropy")
+        compare_rules(task, {"dynamic": fusion.dynamic}, (1.0,), beta_by="cross-entropy")
     with pytest.raises(ValueError, match="'accuracy' or 'cross-entropy', not 'loss'"):
-        judge(task, rules, (1.0,), beta_by="loss")
+        compare_rules(task, rules, (1.0,), beta_by="loss")
 
 
-def test_a_method_says_what_it_is():
+def test_repr_names_method_protocol_and_fixed_params():
     assert repr(methods.build("gda", "fixed", beta=0.5)) == "GDA [fixed](beta=0.5)"

@@ -1,3 +1,5 @@
+"""Accuracy, calibration, complementarity: by hand, by resampling, or by a plain loop."""
+
 import math
 
 import numpy as np
@@ -5,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import metrics, runs
+from lib import metrics
 
 
 def test_accuracy_and_class_accuracy():
@@ -27,6 +29,7 @@ def test_accuracy_over_some_of_the_classes_and_without_foreign_images():
     assert metrics.class_accuracy(logits, y)[[0, 2]].tolist() == [1, 0.5]
     assert math.isnan(metrics.accuracy(logits, torch.full((4,), -1)))
     assert math.isnan(metrics.accuracy(logits[:0], y[:0]))
+    assert metrics.correct(logits, torch.full((4,), -1), classes[:0]).tolist() == [False] * 4
 
 
 def test_class_means_of_rows_of_any_shape():
@@ -72,6 +75,7 @@ def test_overlap_adds_up():
     parts = metrics.overlap(first, second)
     assert sum(parts[k] for k in ("both", "first_only", "second_only", "neither")) == pytest.approx(1)
     assert parts["oracle_gain"] == pytest.approx(0.2) and parts["disagreement"] == pytest.approx(0.5)
+    assert math.isnan(metrics.overlap(first | True, second)["disagreement"])
 
 
 def test_repaired_and_broken():
@@ -137,52 +141,3 @@ def test_the_papers_rule_takes_what_is_high_in_both():
 def test_count_numbers():
     assert metrics.count_numbers(torch.zeros(3, 4)) == 12
     assert metrics.count_numbers([torch.zeros(3), [torch.zeros(2, 2)]]) == 7 and metrics.count_numbers([]) == 0
-
-
-# MERGE: the two tests below are of runs and move to test_runs.py
-
-
-def test_published_backbones_are_openais_only():
-    names = {
-        "open_clip:ViT-B-16-quickgelu/openai": "ViT-B/16",
-        "open_clip:RN50-quickgelu/openai": "RN50",
-        "open_clip:ViT-L-14/openai": "ViT-L/14",
-        "open_clip:ViT-B-16/laion2b_s34b_b88k": "",
-        "embedded:clip": "",
-        "clip_vit_b32": "ViT-B/32",
-        "clip_RN101": "RN101",
-        "clip": "",
-    }
-    assert {name: runs.published_backbone(name) for name in names} == names
-
-
-def test_published_numbers_are_joined_only_where_everything_agrees():
-    published = pd.DataFrame(
-        [
-            ("a paper", "Table 4", "AMU-Tuning", "RN50", "imagenet", 16, "accuracy", 70.02),
-            ("a paper", "Table 4", "AMU-Tuning", "ViT-B/16", "imagenet", 16, "accuracy", 74.9),
-            ("a paper", "Table 4", "LP-CLIP", "RN50", "imagenet", 1, "accuracy", 22.17),
-            ("a paper", "Table 1", "Zero-shot CLIP", "RN50", "imagenet", 0, "accuracy", 60.33),
-            ("a paper", "Table 2", "AMU-Tuning", "RN50", "imagenet", 16, "superiority", 57.68),
-        ],
-        columns=["source", "table", "method", "clip_backbone", "dataset", "shots", "metric", "value"],
-    )
-    ours = pd.DataFrame(
-        [
-            ("AMU-Tuning", "imagenet", "RN50", 16, 69.0),
-            ("AMU-Tuning", "imagenet", "RN50", 8, 67.0),
-            ("AMU-Tuning", "imagenetv2", "RN50", 16, 60.0),
-            ("Linear probe", "imagenet", "RN50", 1, 22.0),
-            ("Zero-shot CLIP", "imagenet", "RN50", 4, 60.0),
-        ],
-        columns=["method", "dataset", "backbone", "shots", "mean"],
-    )
-    joined = runs.join_published(ours, published).set_index("method")
-    assert joined["difference"].round(2).to_dict() == {
-        "AMU-Tuning": -1.02,
-        "Linear probe": -0.17,
-        "Zero-shot CLIP": -0.33,
-    }
-    assert joined["shots"].to_dict() == {"AMU-Tuning": 16, "Linear probe": 1, "Zero-shot CLIP": 4}
-    nothing = runs.join_published(ours.assign(backbone=""), published)
-    assert len(nothing) == 0 and "difference" in nothing

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
+import authors
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -308,3 +309,16 @@ def test_a_copy_with_other_parameters_shares_the_fit(make_task):
     other = cache.with_params(sharpness=3.0)
     assert (cache.sharpness, other.sharpness) == (2.0, 3.0)
     assert other.keys_ is cache.keys_
+
+
+def test_gda_is_the_authors_code():
+    task, theirs = authors.task(), authors.outputs("gda")
+    gda = predictors.GDA().fit(task)
+    assert authors.error(gda.weight_.T, theirs["W"]) < 1e-4
+    assert authors.error(gda.intercept_, theirs["b"]) < 1e-4
+    bias = gda.logits(task.test)
+    for beta in theirs["alpha_grid"].tolist():
+        fused = task.test.zero_shot + beta * bias
+        assert authors.error(fused, theirs[f"test_logits_alpha/{beta:g}"]) < 1e-4
+    method = methods.build("gda").fit(task)
+    assert authors.error(method.logits(task.test), theirs["test_logits"]) < 1e-4

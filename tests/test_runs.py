@@ -6,6 +6,7 @@ import re
 import subprocess
 from types import SimpleNamespace
 
+import collect
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
@@ -190,7 +191,7 @@ def finish(root, name, given=(), figure="98_plane", **facts):
 def test_the_gallery_is_what_the_runs_drew(workbook, tmp_path):
     finish(tmp_path, workbook)
     gallery = tmp_path / "figures"
-    assert runs.fill_gallery(tmp_path / "runs", gallery) == ["98_plane", "speed"]
+    assert collect.collect(tmp_path / "runs", gallery) == ["98_plane", "speed"]
     names = sorted(path.name for path in gallery.iterdir())
     assert names == ["98_plane.png", "98_plane.svg", "index.json", "speed.svg"], "the stale figure is gone"
     index = json.loads((gallery / "index.json").read_text())
@@ -200,7 +201,7 @@ def test_the_gallery_is_what_the_runs_drew(workbook, tmp_path):
     }
     assert index["speed"]["commit"] == "earlier", "no benchmark has run here"
     finish(tmp_path, "bench", figure="speed", commit="any commit")
-    runs.fill_gallery(tmp_path / "runs", gallery)
+    collect.collect(tmp_path / "runs", gallery)
     assert (gallery / "speed.svg").read_text() == "drawn as svg"
     assert json.loads((gallery / "index.json").read_text())["speed"]["commit"] == "any commit"
     assert not runs.commit().endswith("+"), "the gallery itself is no change of the code"
@@ -219,7 +220,7 @@ def test_the_gallery_refuses_other_runs_and_stays_as_it_is(workbook, tmp_path, f
     if facts is not None:
         finish(tmp_path, workbook, **facts)
     with pytest.raises(ValueError, match=message):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
     assert git(tmp_path, "status", "--porcelain") == ""
 
 
@@ -227,13 +228,13 @@ def test_the_gallery_refuses_changed_files_and_quick_benchmarks(workbook, tmp_pa
     finish(tmp_path, workbook)
     finish(tmp_path, "bench", {"quick": True}, figure="speed")
     with pytest.raises(ValueError, match="bench ran with quick=True"):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
     finish(tmp_path, "bench", figure="speed", commit="0123+")
     with pytest.raises(ValueError, match=r"bench ran at 0123\+"):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
     (tmp_path / "new.py").touch()
     with pytest.raises(ValueError, match="files differ from the commit"):
-        runs.fill_gallery(tmp_path / "runs", tmp_path / "figures")
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
 
 
 def test_a_record_names_the_commit_that_its_run_started_at(workbook, tmp_path):
@@ -281,35 +282,47 @@ def test_the_list_of_data_sets_says_which_can_only_be_tested_on(capsys, monkeypa
     assert re.search(r"shifted +here: 2 classes, test only: use as test=\n", printed)
 
 
-def test_published_numbers_are_joined_where_method_data_backbone_and_shots_agree():
-    for encoder, name in [
-        ("open_clip:RN50-quickgelu/openai", "RN50"),
-        ("open_clip:ViT-B-16-quickgelu/openai", "ViT-B/16"),
-        ("clip_vit_b16", "ViT-B/16"),
-        ("open_clip:ViT-B-16/laion2b_s34b_b88k", ""),
-        ("embedded:clip", ""),
-        ("CLIP-ViT-L-14", "ViT-L/14"),
-        ("clip_rn101", "RN101"),
-        ("clip_rn50x4", ""),
-        ("clip_vit16", ""),
-    ]:
-        assert runs.published_backbone(encoder) == name
-    common = {"dataset": "dtd", "backbone": "RN50"}
-    ours = pd.DataFrame(
-        [
-            {"method": "GDA", "shots": 4, "mean": 61.0} | common,
-            {"method": "GDA", "shots": 8, "mean": 63.0} | common,
-            {"method": "Zero-shot CLIP", "shots": 4, "mean": 42.0} | common,
-        ]
-    )
-    common = {"dataset": "dtd", "clip_backbone": "RN50", "metric": "accuracy", "source": "s", "table": "t"}
+def test_published_backbones_are_openais_only():
+    names = {
+        "open_clip:ViT-B-16-quickgelu/openai": "ViT-B/16",
+        "open_clip:RN50-quickgelu/openai": "RN50",
+        "open_clip:ViT-L-14/openai": "ViT-L/14",
+        "open_clip:ViT-B-16/laion2b_s34b_b88k": "",
+        "embedded:clip": "",
+        "clip_vit_b32": "ViT-B/32",
+        "clip_RN101": "RN101",
+        "clip": "",
+    }
+    assert {name: runs.published_backbone(name) for name in names} == names
+
+
+def test_published_numbers_are_joined_only_where_everything_agrees():
     published = pd.DataFrame(
         [
-            {"method": "GDA", "shots": 4, "value": 60.5} | common,
-            {"method": "GDA", "shots": 16, "value": 66.0} | common,
-            {"method": "Zero-shot CLIP", "shots": 0, "value": 42.5} | common,
-        ]
+            ("a paper", "Table 4", "AMU-Tuning", "RN50", "imagenet", 16, "accuracy", 70.02),
+            ("a paper", "Table 4", "AMU-Tuning", "ViT-B/16", "imagenet", 16, "accuracy", 74.9),
+            ("a paper", "Table 4", "LP-CLIP", "RN50", "imagenet", 1, "accuracy", 22.17),
+            ("a paper", "Table 1", "Zero-shot CLIP", "RN50", "imagenet", 0, "accuracy", 60.33),
+            ("a paper", "Table 2", "AMU-Tuning", "RN50", "imagenet", 16, "superiority", 57.68),
+        ],
+        columns=["source", "table", "method", "clip_backbone", "dataset", "shots", "metric", "value"],
+    )
+    ours = pd.DataFrame(
+        [
+            ("AMU-Tuning", "imagenet", "RN50", 16, 69.0),
+            ("AMU-Tuning", "imagenet", "RN50", 8, 67.0),
+            ("AMU-Tuning", "imagenetv2", "RN50", 16, 60.0),
+            ("Linear probe", "imagenet", "RN50", 1, 22.0),
+            ("Zero-shot CLIP", "imagenet", "RN50", 4, 60.0),
+        ],
+        columns=["method", "dataset", "backbone", "shots", "mean"],
     )
     joined = runs.join_published(ours, published).set_index("method")
-    assert joined["difference"].to_dict() == {"GDA": 0.5, "Zero-shot CLIP": -0.5}
-    assert joined["shots"].to_dict() == {"GDA": 4, "Zero-shot CLIP": 4}
+    assert joined["difference"].round(2).to_dict() == {
+        "AMU-Tuning": -1.02,
+        "Linear probe": -0.17,
+        "Zero-shot CLIP": -0.33,
+    }
+    assert joined["shots"].to_dict() == {"AMU-Tuning": 16, "Linear probe": 1, "Zero-shot CLIP": 4}
+    nothing = runs.join_published(ours.assign(backbone=""), published)
+    assert len(nothing) == 0 and "difference" in nothing

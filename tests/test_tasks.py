@@ -244,8 +244,8 @@ def test_clip_stands_in_for_missing_auxiliary_features_and_says_so(make_bank, ca
     named = tasks.load_source(both, aux="clip")
     assert named.encoders == ("clip_small", "clip") and capsys.readouterr().out == ""
     assert torch.equal(tasks.sample(named, 2, seed=1).val.aux, tasks.sample(named, 2, seed=1).val.clip)
-    joined = tasks.load_source(both, aux="clip+aux_small")
-    assert joined.encoders == ("clip_small", "clip+aux_small")
+    joined = tasks.load_source(both, aux="clip,aux_small")
+    assert joined.encoders == ("clip_small", "clip,aux_small")
     assert tasks.sample(joined, 2, seed=1).support.aux.shape == (6, 10)
 
 
@@ -365,7 +365,7 @@ def test_sixteen_of_sixteen_images_are_one_support(source):
 
 
 def test_two_auxiliary_encoders_stand_side_by_side(caltech70, source):
-    both = tasks.load_source(f"features:{caltech70}", aux="aux_mobilenet_v1+aux_mobilenet_v2")
+    both = tasks.load_source(f"features:{caltech70}", aux="aux_mobilenet_v1,aux_mobilenet_v2")
     assert len(both.fingerprints) == 1 + 3 * 3
     first, second = tasks.sample(both, 1, seed=1).support.aux.split([1024, 1280], dim=1)
     assert torch.allclose(first.norm(dim=1), second.norm(dim=1))
@@ -393,7 +393,7 @@ def test_auxiliary_encoders_come_from_the_card():
     assert (
         clip == "embedded:clip" and len(auxiliaries) > 1 and all(name.startswith("embedded:") for name in auxiliaries)
     )
-    assert tasks.encoders("digits", aux="embedded:random+clip")[1] == ("embedded:random", "clip")
+    assert tasks.encoders("digits", aux="embedded:random,clip")[1] == ("embedded:random", "clip")
 
 
 def test_own_images_take_the_embedded_encoders(tmp_path):

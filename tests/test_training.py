@@ -44,8 +44,7 @@ def test_heads_follow_the_authors_trajectories(task, together):
     groups = [list(RUNS)] if together else [[name] for name in RUNS]
     for names in groups:
         epochs = []
-        steps = 6  # of an epoch
-        heads = train(task, names, theirs, watched=[steps], watch=lambda _, w: epochs.append(w.clone()))  # noqa: B023
+        heads = train(task, names, theirs, watch=lambda _, __, w: epochs.append(w.clone()))  # noqa: B023
         for head, name in enumerate(names):
             key = f"train/{name}"
             assert (heads.weight[head] - theirs[f"{key}/weight_final"]).abs().max() < 1e-5
@@ -204,9 +203,10 @@ def test_a_penalty_must_be_above_0(task):
         convex.solve_path(support.aux, support.zero_shot, support.y, [1e-3, 0.0])
 
 
-def test_the_certificate_states_what_was_not_reached(task):
+def test_the_certificate_states_what_was_not_reached(task, monkeypatch):
     support = task.support
-    solved = convex.solve_path(support.aux, support.zero_shot, support.y, [1e-6], tolerance=1e-6, max_evaluations=5)
+    monkeypatch.setattr(convex, "EVALUATIONS", 5)
+    solved = convex.solve_path(support.aux, support.zero_shot, support.y, [1e-6], tolerance=1e-6)
     assert solved.evaluations.item() == 5
     assert solved.gradient_norms.item() > 1e-6
 

@@ -67,12 +67,10 @@ def test_m_adapter_of_unequal_classes_sums_over_their_own_images(task, delta):
 
 
 def test_large_grids_of_m_adapter_are_computed_in_chunks(task, monkeypatch):
-    adapter, grid = (
-        predictors.MAdapter().fit(authors.unequal(task)),
-        [{"gamma": 2.0}, {"delta": 0.0}, {"sharpness": 2.0}],
-    )
+    adapter = predictors.MAdapter().fit(authors.unequal(task))
+    grid = [{"gamma": 2.0}, {"delta": 0.0}, {"sharpness": 2.0}]
     together = list(adapter.logits_grid(task.test, grid))
-    monkeypatch.setattr(transductive, "GRID", 0)
+    monkeypatch.setattr(transductive, "CHUNK", 7)
     for logits, other in zip(adapter.logits_grid(task.test, grid), together, strict=True):
         assert authors.error(logits, other) < CLOSE
 

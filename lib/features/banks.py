@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -36,67 +35,49 @@ from lib.files import file_hash, find_path, write_json
 
 LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
 Array = Tensor | np.ndarray
-TEXT_HELP = (
-    "encode prompts of the class names with the same CLIP and give them to save_bank(text=…), or to "
-    "python data/import_cache.py --text FILE"
-)
+Arrays = Mapping[str, Mapping[str, Array]]  # encoder to split to features
+TEXT_HELP = """encode prompts of the class names with the same CLIP and give them to save_bank(text=…), or to \
+python data/import_cache.py --text FILE"""
 
 
 class FeatureBank:
-    """A folder of features; meta.json is read once, each file mapped and compared with its sha256 once.
-
-    Attributes:
-        name, class_names: what meta.json says.
-        clip_encoders, aux_encoders: those under `backbones` first and in its order, the rest by name.
-        splits: those that have labels.
-    """
+    """A folder of features, `features:PATH`; meta.json is read once, each file mapped and its sha256 compared once."""
 
     def __init__(self, path: str | Path):
-        """Open `features:PATH` or a folder.
-
-        Raises:
-            ValueError: it is not a bank, or meta.json holds something else than the format says.
-        """
         self.folder = find_path(str(path).removeprefix("features:"))
         self.card = _read_card(self.folder / "meta.json")
         self.name: str = self.card["name"]
         self.class_names: tuple[str, ...] = tuple(self.card["class_names"])
-        order = list(self.card.get("backbones", ()))
+        order = list(self.card.get("backbones", ()))  # those first and in this order, the rest by name
         stems = sorted(file.stem for file in self.folder.glob("*.safetensors"))
         stems.sort(key=lambda stem: order.index(stem) if stem in order else len(order))
-        self.clip_encoders, self.aux_encoders = (
-            tuple(stem for stem in stems if stem.startswith(kind)) for kind in ("clip", "aux")
-        )
+        self.clip_encoders = tuple(stem for stem in stems if stem.startswith("clip"))
+        self.aux_encoders = tuple(stem for stem in stems if stem.startswith("aux"))
         if not self.clip_encoders:
             raise ValueError(f"{self.folder}: no file clip*.safetensors")
         self._mapped: dict[str, dict[str, Tensor]] = {}
 
     @property
-    def splits(self) -> tuple[str, ...]:
+    def splits(self) -> tuple[str, ...]:  # those that have labels
         return tuple(split for split in SPLITS if split in self._tensors("labels"))
 
     def rows(self, split: str, encoder: str) -> tuple[Float[Tensor, "n D"], Int64[Tensor, " n"]]:
-        """Features (float32, in the scale they were stored in) and labels of a split; `val` may be empty.
-
-        Raises:
-            ValueError: a missing file or split, parts that disagree, or a test split without images.
-        """
-        if encoder not in self.clip_encoders + self.aux_encoders:
-            has = ", ".join(self.clip_encoders + self.aux_encoders)
-            raise ValueError(f"{self.folder} has no encoder {encoder!r}; it has {has}")
-        stored, labels = self._tensors(encoder), self._tensors("labels")
+        """Features (float32, in the scale they were stored in) and labels of a split; `val` may be empty."""
+        encoders = self.clip_encoders + self.aux_encoders
+        if encoder not in encoders:
+            raise ValueError(f"{self.folder} has no encoder {encoder!r}; it has {', '.join(encoders)}")
+        stored, labels, what = self._tensors(encoder), self._tensors("labels"), f"{self.folder}, {encoder}"
         for part in (stored, labels):
             if split not in part:
                 has = ", ".join(name for name in SPLITS if name in part)
-                raise ValueError(f"{self.folder}, {encoder}: has no split {split!r}; it has {has}")
+                raise ValueError(f"{what}: has no split {split!r}; it has {has}")
         dims = {part: tuple(x.shape[1:]) for part, x in stored.items()}
         if len(set(dims.values())) > 1:
-            raise ValueError(f"{self.folder}, {encoder}: dimensions differ between splits: {dims}")
-        what = f"{self.folder}, {encoder}, {split}"
-        y = _integers(what, labels[split], len(self.class_names))
+            raise ValueError(f"{what}: dimensions differ between splits: {dims}")
+        y = _integers(f"{what}, {split}", labels[split], len(self.class_names))
         if split == "test" and len(y) == 0:
-            raise ValueError(f"{what}: no images to test on")
-        return _numbers(what, stored[split], len(y), "labels"), y
+            raise ValueError(f"{what}, test: no images to test on")
+        return _numbers(f"{what}, {split}", stored[split], len(y), "labels"), y
 
     def has_text(self, encoder: str) -> bool:
         """Whether `text` has features for a CLIP file."""
@@ -104,26 +85,22 @@ class FeatureBank:
         return encoder in self.clip_encoders and bool({encoder, "text"} & set(stored))
 
     def text(self, encoder: str) -> Float[Tensor, "C D"]:
-        """Stored text features of a CLIP file, one row per class, not normalised.
-
-        Raises:
-            ValueError: there are none, or their classes or dimensions disagree with the bank's.
-        """
+        """Stored text features of a CLIP file, one row per class, not normalised."""
         if encoder not in self.clip_encoders:
             has = ", ".join(self.clip_encoders)
             raise ValueError(f"{self.folder}: {encoder!r} has no text features; CLIP files are {has}")
         if not (self.folder / "text.safetensors").is_file():
             raise ValueError(f"{self.folder}: no file text.safetensors with the class texts of {encoder}; {TEXT_HELP}")
         stored = self._tensors("text")
-        x = stored.get(encoder, stored.get("text"))
-        if x is None:
+        if not self.has_text(encoder):
             has = ", ".join(stored)
             raise ValueError(f"{self.folder}: text.safetensors has no tensor {encoder!r} or 'text'; it has {has}")
+        x = stored[encoder if encoder in stored else "text"]
         x = _numbers(f"{self.folder}, text of {encoder}", x, len(self.class_names), "class names")
-        image = next(iter(self._tensors(encoder).values()), x)
-        if image.shape[1:] != x.shape[1:]:
-            has = ", ".join(map(str, image.shape[1:]))
-            raise ValueError(f"{self.folder}: text features have {x.shape[1]} dimensions, {encoder} has {has}")
+        for images in self._tensors(encoder).values():
+            if images.shape[1:] != x.shape[1:]:
+                has = ", ".join(map(str, images.shape[1:]))
+                raise ValueError(f"{self.folder}: text features have {x.shape[1]} dimensions, {encoder} has {has}")
         return x
 
     def hashes(self, *stems: str) -> dict[str, str]:
@@ -139,10 +116,8 @@ class FeatureBank:
             raise ValueError(f"{self.folder}: no file {path.name}")
         expected = self.card.get("sha256", {}).get(path.name)
         if expected and file_hash(path) != expected:
-            raise ValueError(
-                f"{self.folder}: {path.name} has sha256 {file_hash(path)[:12]}…, meta.json says {expected[:12]}…; "
-                "the file is damaged or was replaced, restore it from its source"
-            )
+            differs = f"{path.name} has sha256 {file_hash(path)[:12]}…, meta.json says {expected[:12]}…"
+            raise ValueError(f"{self.folder}: {differs}; it is damaged or was replaced, restore it from its source")
         try:
             with safe_open(path, framework="pt") as stored:
                 self._mapped[stem] = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
@@ -159,48 +134,35 @@ def open_bank(name: str) -> FeatureBank:
 
 
 @lru_cache(maxsize=4)
-def _open_bank(folder: Path, files: tuple[tuple[str, int, int], ...]) -> FeatureBank:
+def _open_bank(folder: Path, _: tuple[tuple[str, int, int], ...]) -> FeatureBank:
     return FeatureBank(folder)
 
 
 def save_bank(
     path: str | Path,
     *,
-    clip: Mapping[str, Mapping[str, Array]],
-    labels: Mapping[str, Array],
+    clip: Arrays,  # names start with `clip`, those of `aux` with `aux`
+    labels: Mapping[str, Array],  # split to labels, integers of any width
     class_names: Iterable[str],
-    aux: Mapping[str, Mapping[str, Array]] | None = None,
-    text: Mapping[str, Array] | None = None,
+    aux: Arrays | None = None,
+    text: Mapping[str, Array] | None = None,  # CLIP encoder name to text features
     name: str = "",
-    **meta: object,
+    **meta: object,  # further entries of meta.json
 ) -> Path:
-    """Write a bank from tensors or numpy arrays, read it back, and only then give it its name.
-
-    Args:
-        path: a folder that does not exist yet, or is empty.
-        clip, aux: encoder name to split to features; names start with `clip` and `aux`.
-        labels: split to labels, integers of any width.
-        text: CLIP encoder name to text features.
-        meta: further entries of meta.json.
-
-    Raises:
-        ValueError: the folder holds something, a name cannot be a file's, or parts disagree.
-    """
+    """Write a bank from tensors or numpy arrays into a new folder, read it back, and only then give it its name."""
     path, aux, text = Path(path).absolute(), aux or {}, text or {}
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is not empty; a bank is written into a new folder")
-    files = {**clip, **aux, "labels": labels}
-    for stem, splits in files.items():
-        kind = "labels" if stem == "labels" else "aux" if stem in aux else "clip"
-        if not stem.startswith(kind) or Path(stem).name != stem:
-            raise ValueError(
-                f"{kind} features are named {kind}…, not {stem!r}; that becomes a file's name, without '/'"
-            )
-        wrong = [split for split in splits if split not in SPLITS or split not in labels]
-        if wrong:
-            has = f"splits are {', '.join(SPLITS)}, labels have {', '.join(labels)}"
-            raise ValueError(f"{stem} has split {wrong[0]!r}; {has}")
-    files |= {"text": text} if text else {}
+    for kind, encoders in {"clip": clip, "aux": aux, "labels": {"labels": labels}}.items():
+        for stem, splits in encoders.items():
+            if not stem.startswith(kind) or Path(stem).name != stem:
+                named = f"{kind} features are named {kind}…, not {stem!r}"
+                raise ValueError(f"{named}; that becomes a file's name, without '/'")
+            wrong = [split for split in splits if split not in SPLITS or split not in labels]
+            if wrong:
+                has = f"splits are {', '.join(SPLITS)}, labels have {', '.join(labels)}"
+                raise ValueError(f"{stem} has split {wrong[0]!r}; {has}")
+    files = {**clip, **aux, "labels": labels} | ({"text": text} if text else {})
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     partial.mkdir(parents=True)
     try:
@@ -240,9 +202,10 @@ def _read_card(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} lacks {field}")
         if field in card and not fits(card[field]):
             raise ValueError(f"{path}: {field} must be {what}, not {card[field]!r:.60}")
-    repeated = [name for name, count in Counter(card["class_names"]).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{path}: class_names must differ, {repeated[0]!r} is there more than once")
+    names = card["class_names"]
+    if len(set(names)) < len(names):
+        repeated = max(names, key=names.count)
+        raise ValueError(f"{path}: class_names must differ, {repeated!r} is there more than once")
     return card
 
 

@@ -31,39 +31,25 @@ from lib.features.libraries import TIMM_KEYS, EncoderSpec, Tokenizer, existing, 
 from lib.files import ROOT, file_hash, nearest, one_line
 
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
-GRAMMAR = (
-    "embedded:NAME, open_clip:ARCHITECTURE/TAG-or-FILE, open_clip:hf-hub:OWNER/MODEL, open_clip:local-dir:FOLDER, "
-    "timm:MODEL.TAG, timm:MODEL/FILE, mocov3:FILE"
-)
+GRAMMAR = """embedded:NAME, open_clip:ARCHITECTURE/TAG-or-FILE, open_clip:hf-hub:OWNER/MODEL, \
+open_clip:local-dir:FOLDER, timm:MODEL.TAG, timm:MODEL/FILE, mocov3:FILE"""
 PRECISIONS = ("fp32", "bf16")
 TEXT_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A network in evaluation mode with its preprocessing.
-
-    Attributes:
-        dim: length of a feature.
-        transform: PIL image to a normalised tensor [3, h, w].
-        augment: the same with a random crop and flip, drawn from torch's global generator.
-        logit_scale: the learned temperature, exp(t); None for an image encoder.
-    """
+    """A network in evaluation mode with its preprocessing."""
 
     name: str
-    dim: int
-    transform: Callable[..., Tensor]
-    augment: Callable[..., Tensor]
+    dim: int  # length of a feature
+    transform: Callable[..., Tensor]  # PIL image to a normalised tensor [3, h, w]
+    augment: Callable[..., Tensor]  # the same with a random crop and flip, drawn from torch's global generator
     device: torch.device
     precision: str
-    logit_scale: float | None
+    logit_scale: float | None  # the learned temperature, exp(t); None for an image encoder
     model: nn.Module = field(repr=False)
-    tokenizer: Tokenizer | None = field(repr=False)
-
-    @property
-    def kind(self) -> str:
-        """`clip` (images and texts) or `image`."""
-        return "clip" if self.tokenizer else "image"
+    tokenizer: Tokenizer | None = field(repr=False)  # comes with a text tower
 
     @torch.no_grad()
     def encode_images(self, batch: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b D"]:
@@ -74,11 +60,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode_text(self, texts: list[str]) -> Float[Tensor, "n D"]:
-        """Text features in the encoder's own scale.
-
-        Raises:
-            ValueError: this encoder has no text tower, or its tokenizer cannot be loaded.
-        """
+        """Text features in the encoder's own scale; ValueError without a text tower or its tokenizer."""
         if self.tokenizer is None:
             raise ValueError(f"{self.name} encodes images only; texts need a CLIP encoder (embedded:clip, open_clip:…)")
         parts = []
@@ -97,14 +79,9 @@ class Encoder:
 
 
 def load_encoder(name: str, device: str = "auto", precision: str = "fp32") -> Encoder:
-    """An encoder with its weights.
+    """An encoder with its weights, in `fp32`, or in `bf16` by autocast; features are float32 either way.
 
-    Args:
-        device: `auto` takes CUDA, then Apple's MPS, then the CPU; or a device of torch.
-        precision: `fp32`, or `bf16` for autocast; features are float32 either way.
-
-    Raises:
-        ValueError: an unknown name, device or precision; weights that are missing, unreachable or of another model.
+    A `device` of torch, or `auto`: CUDA, then Apple's MPS, then the CPU.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
@@ -128,11 +105,7 @@ def load_encoder(name: str, device: str = "auto", precision: str = "fp32") -> En
 
 
 def resolve(name: str) -> EncoderSpec:
-    """An encoder's weights and preprocessing; a hub is asked only for files that are not on this machine yet.
-
-    Raises:
-        ValueError: an unknown name, a missing file, a QuickGELU mismatch, or a hub that cannot be reached.
-    """
+    """An encoder's weights and preprocessing; a hub is asked only for files that are not on this machine yet."""
     library, _, rest = name.partition(":")
     specs = {"embedded": _embedded_spec} | libraries.SPECS
     if library in specs and rest:
@@ -169,17 +142,15 @@ def _embedded_spec(name: str, rest: str) -> EncoderSpec:
     entry = index[rest]
     weights = existing(name, EMBEDDED_FOLDER / entry["file"])
     if file_hash(weights) != entry["sha256"]:
-        raise ValueError(
-            f"{name}: {weights.name} has sha256 {file_hash(weights)[:12]}…, its index says {entry['sha256'][:12]}…; "
-            "restore the file or run python data/embedded/train.py"
-        )
-    colours = {"mean": tuple(entry["mean"]), "std": tuple(entry["std"])}
+        differs = f"has sha256 {file_hash(weights)[:12]}…, its index says {entry['sha256'][:12]}…"
+        raise ValueError(f"{name}: {weights.name} {differs}; restore it or run python data/embedded/train.py")
     preprocess = {"size": entry["image_size"], "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess |= {"mean": tuple(entry["mean"]), "std": tuple(entry["std"])}
     build, settings = libraries.build_timm, entry.get("settings", {})
     if entry["kind"] == "open_clip":
         config = existing(name, EMBEDDED_FOLDER / f"{entry['architecture']}.json")
         build, settings = libraries.build_open_clip, json.loads(config.read_text())
-    return EncoderSpec(name, build, entry["architecture"], weights, preprocess | colours, settings)
+    return EncoderSpec(name, build, entry["architecture"], weights, preprocess, settings)
 
 
 def _transforms(size: tuple[int, int], preprocess: Mapping[str, Any]) -> tuple[Callable[..., Tensor], ...]:

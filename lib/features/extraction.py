@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from lib.features.encoders import Encoder, EncoderSpec, load_encoder
 from lib.features.images import ImageSplit
-from lib.files import file_hash, locked, one_line, replace_file
+from lib.files import file_hash, locked, one_line, replace_file, write_json
 
 VERSION = 1  # raise it when the same images and weights would give other features
 SHARD = 256  # images
@@ -40,25 +40,18 @@ Entry = tuple[Float[Tensor, "..."], Int64[Tensor, " n"], dict[str, Any]]  # feat
 
 @dataclass(frozen=True)
 class Job:
-    """An entry of the cache: its encoder, its folder, and the ingredients of its fingerprint."""
+    """An entry of the cache."""
 
     encoder: str
     folder: Path
-    ingredients: Mapping[str, Any]
+    ingredients: Mapping[str, Any]  # of its fingerprint
     fingerprint: str
 
 
 def make_job(spec: EncoderSpec, place: Path, precision: str, **further: Any) -> Job:
     """The entry below `place` whose features depend on the encoder, the precision and `further`."""
-    ingredients = {
-        "version": VERSION,
-        "encoder": spec.name,
-        "weights": spec.weights_hash,
-        "preprocess": dict(spec.preprocess),
-        "settings": dict(spec.settings),
-        "precision": precision,
-        **further,
-    }
+    ingredients = {"version": VERSION, "encoder": spec.name, "weights": spec.weights_hash, "precision": precision}
+    ingredients |= {"preprocess": dict(spec.preprocess), "settings": dict(spec.settings), **further}
     digest = fingerprint(ingredients)
     return Job(spec.name, place / f"{slug(spec.name)}-{digest[:16]}", ingredients, digest)
 
@@ -75,17 +68,14 @@ def slug(text: str) -> str:
 
 def cached(jobs: Sequence[Job], make: Callable[[list[Job]], None]) -> list[Entry]:
     """The entries of `jobs`; those that are missing are handed to `make` while their folders are locked."""
-    entries = [read(job) for job in jobs]
-    missing = {job.folder: job for job, entry in zip(jobs, entries, strict=True) if entry is None}
-    if missing:
-        with ExitStack() as stack:
-            for folder in sorted(missing):
-                stack.enter_context(locked(folder))
-            todo = [job for job in missing.values() if read(job) is None]  # another process may have made it
-            if todo:
-                make(todo)
-        entries = [read(job) for job in jobs]
-    return entries
+    missing = {job.folder: job for job in jobs if read(job) is None}
+    with ExitStack() as stack:
+        for folder in sorted(missing):
+            stack.enter_context(locked(folder))
+        todo = [job for job in missing.values() if read(job) is None]  # another process may have made it
+        if todo:
+            make(todo)
+    return [read(job) for job in jobs]
 
 
 def read(job: Job) -> Entry | None:
@@ -107,13 +97,26 @@ def read(job: Job) -> Entry | None:
 
 
 def write(job: Job, shape: Sequence[int], chunks: Iterable[Tensor], **facts: Any) -> None:
-    """Write an entry piece by piece, then its manifest: labels (int64) first, then features (float32) of `shape`."""
-    digests: list[str] = []
-    path = job.folder / "features.safetensors"
-    replace_file(path, lambda stream: digests.append(_write_tensors(stream, shape, chunks)))
-    manifest = {"fingerprint": job.fingerprint, "sha256": digests[0], "shape": list(shape), **facts}
-    text = json.dumps(manifest | {"ingredients": dict(job.ingredients)}, indent=1, sort_keys=True).encode()
-    replace_file(job.folder / "manifest.json", lambda stream: stream.write(text))
+    """Write an entry piece by piece, then its manifest: labels (int64) first, then features (float32) of `shape`.
+
+    safetensors itself writes from memory only, and an entry may be larger than that. Its format: the header's length
+    as 8 bytes, the header as JSON padded to a multiple of 8, the tensors' bytes.
+    """
+    n, size = shape[-2], 4 * math.prod(shape)
+    y = {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]}
+    x = {"dtype": "F32", "shape": list(shape), "data_offsets": [8 * n, 8 * n + size]}
+    header = json.dumps({"y": y, "x": x}).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+
+    def write_pieces(stream: BinaryIO) -> None:
+        for piece in (len(header).to_bytes(8, "little"), header, *(chunk.contiguous().numpy() for chunk in chunks)):
+            digest.update(piece)
+            stream.write(piece)
+
+    replace_file(job.folder / "features.safetensors", write_pieces)
+    manifest = {"fingerprint": job.fingerprint, "sha256": digest.hexdigest(), "shape": list(shape), **facts}
+    write_json(job.folder / "manifest.json", manifest | {"ingredients": dict(job.ingredients)})
 
 
 def extract(
@@ -127,42 +130,43 @@ def extract(
     num_workers: int,
     quarantine: bool,
 ) -> None:
-    """Make several entries of the same images, decoding each image once; see `load.load_many` for the options.
-
-    Raises:
-        ValueError: the cache has no room, an image cannot be decoded, an encoder gives values that are not finite.
-    """
+    """Make several entries of the same images, decoding each image once; see `load.load_many` for the options."""
     encoders = [load_encoder(job.encoder, device, precision) for job in jobs]
     for job, encoder in zip(jobs, encoders, strict=True):
         _require_room(job.folder, len(images) * views * encoder.dim * 4)
     count = math.ceil(len(images) / SHARD)
     missing = [set(range(count)) - set(_shards(job.folder)) for job in jobs]
-    batches = {shard: _batches(shard, len(images), max(1, batch_size // views)) for shard in set().union(*missing)}
-    order = [batch for shard in sorted(batches) for batch in batches[shard]]
+    batches = {}
+    for shard in sorted(set().union(*missing)):
+        rows, size = range(len(images))[shard * SHARD :][:SHARD], max(1, batch_size // views)
+        batches[shard] = [rows[start : start + size] for start in range(0, len(rows), size)]
+    order = [batch for group in batches.values() for batch in group]
     decoder = _Decoder(images, [e.transform if views == 1 else e.augment for e in encoders], views)
     generator = torch.Generator()  # the loader would otherwise draw from the caller's
     loader = DataLoader(decoder, batch_sampler=order, num_workers=num_workers, collate_fn=list, generator=generator)
     names, done = ", ".join(job.encoder for job in jobs), len(images) - sum(map(len, order))
     bar = tqdm(total=len(images), initial=done, unit="img", desc=names, disable=None)
     with closing(batch for batch in loader) as decoded, bar:  # closing ends the worker processes at once
-        for shard in sorted(batches):
-            parts = {place: [] for place in range(len(jobs)) if shard in missing[place]}
+        for shard, group in batches.items():
+            parts = {i: [torch.empty(views, 0, encoders[i].dim)] for i in range(len(jobs)) if shard in missing[i]}
             kept: list[int] = []
             bad: dict[str, str] = {}
-            for batch in batches[shard]:
+            for batch in group:
                 items = next(decoded)
                 bad |= {images.ids[row]: error for row, error, _ in items if error}
                 if bad and not quarantine:
                     raise ValueError(_undecodable(bad))
                 rows = [row for row, error, _ in items if not error]
                 kept += rows
-                for place, encoded in parts.items() if rows else ():
-                    inputs = torch.stack([tensors[place] for _, error, tensors in items if not error])
-                    encoded.append(_encode(encoders[place], inputs, images, rows))
+                for i, encoded in parts.items() if rows else ():
+                    inputs = torch.stack([tensors[i] for _, error, tensors in items if not error])
+                    encoded.append(_encode(encoders[i], inputs, [images.ids[row] for row in rows]))
                 bar.update(len(batch))
-            for place, encoded in parts.items():
-                x = torch.cat(encoded or [torch.empty(views, 0, encoders[place].dim)], dim=1)
-                _write_shard(jobs[place].folder, shard, x, kept, bad)
+            for i, encoded in parts.items():
+                arrays = {"x": torch.cat(encoded, dim=1), "rows": torch.tensor(kept, dtype=torch.int64)}
+                data = save(arrays, {"bad": json.dumps(bad)})
+                path = jobs[i].folder / f"shard-{shard:05d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+                replace_file(path, lambda stream, data=data: stream.write(data))
     for job, encoder in zip(jobs, encoders, strict=True):
         _join(job, images, encoder, views, count)
 
@@ -190,20 +194,12 @@ class _Decoder(Dataset):
             return torch.stack([transform(image) for _ in range(self.views)])
 
 
-def _encode(
-    encoder: Encoder, batch: Float[Tensor, "b v 3 h w"], images: ImageSplit, rows: Sequence[int]
-) -> Float[Tensor, "v b D"]:
+def _encode(encoder: Encoder, batch: Float[Tensor, "b v 3 h w"], ids: Sequence[str]) -> Float[Tensor, "v b D"]:
     x = encoder.encode_images(batch.flatten(0, 1)).unflatten(0, batch.shape[:2]).transpose(0, 1)
-    wrong = (~torch.isfinite(x).all(dim=2).all(dim=0)).nonzero()[:, 0].tolist()
+    wrong = [name for name, finite in zip(ids, torch.isfinite(x).all(dim=2).all(dim=0), strict=True) if not finite]
     if wrong:
-        first = images.ids[rows[wrong[0]]]
-        raise ValueError(f"{encoder.name} gives NaN or infinite features for {len(wrong)} images, first {first}")
+        raise ValueError(f"{encoder.name} gives NaN or infinite features for {len(wrong)} images, first {wrong[0]}")
     return x
-
-
-def _batches(shard: int, total: int, size: int) -> list[range]:
-    rows = range(shard * SHARD, min(total, (shard + 1) * SHARD))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _shards(folder: Path) -> dict[int, Path]:
@@ -216,14 +212,8 @@ def _shards(folder: Path) -> dict[int, Path]:
     return {int(number): path for path, (_, number, _) in shards.items() if path not in damaged}
 
 
-def _write_shard(folder: Path, shard: int, x: Tensor, rows: list[int], bad: Mapping[str, str]) -> None:
-    data = save({"x": x.contiguous(), "rows": torch.tensor(rows, dtype=torch.int64)}, {"bad": json.dumps(bad)})
-    path = folder / f"shard-{shard:05d}-{hashlib.sha256(data).hexdigest()}.safetensors"
-    replace_file(path, lambda stream: stream.write(data))
-
-
 def _join(job: Job, images: ImageSplit, encoder: Encoder, views: int, count: int) -> None:
-    """Write the entry from its shards, one view after another, then the manifest, then drop the shards."""
+    """Write the entry from its shards, one view after another, then drop the shards."""
     paths = _shards(job.folder)
     opened = [safe_open(paths[shard], framework="pt") for shard in range(count)]
     kept = torch.cat([torch.empty(0, dtype=torch.int64), *(stored.get_tensor("rows") for stored in opened)])
@@ -241,24 +231,6 @@ def _join(job: Job, images: ImageSplit, encoder: Encoder, views: int, count: int
     write(job, shape, chunks(), images=len(kept), views=views, quarantined=bad, device=encoder.device.type)
     for leftover in (*job.folder.glob("shard-*"), *job.folder.glob(".*.tmp")):
         leftover.unlink(missing_ok=True)
-
-
-def _write_tensors(stream: BinaryIO, shape: Sequence[int], chunks: Iterable[Tensor]) -> str:
-    """Write a safetensors file with `y` (int64), then `x` (float32), piece by piece; its sha256.
-
-    The library writes from memory only, and an entry may be larger than that. The format: the header's length as
-    8 bytes, the header as JSON padded to a multiple of 8, the tensors' bytes.
-    """
-    n, size = shape[-2], 4 * math.prod(shape)
-    y = {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]}
-    x = {"dtype": "F32", "shape": list(shape), "data_offsets": [8 * n, 8 * n + size]}
-    header = json.dumps({"y": y, "x": x}).encode()
-    header += b" " * (-len(header) % 8)
-    digest = hashlib.sha256()
-    for piece in (len(header).to_bytes(8, "little"), header, *(chunk.contiguous().numpy() for chunk in chunks)):
-        digest.update(piece)
-        stream.write(piece)
-    return digest.hexdigest()
 
 
 def _require_room(folder: Path, size: int) -> None:

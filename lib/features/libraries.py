@@ -33,19 +33,14 @@ Network = tuple[nn.Module, Tokenizer | None]  # a tokenizer comes with a text to
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All that decides an encoder's features; `build` reads `weights` (None: random ones) into a network.
-
-    Attributes:
-        preprocess: size in pixels, resizing, interpolation, mean and std.
-        settings: further arguments of timm.create_model, or open_clip's configuration of the model.
-    """
+    """All that decides an encoder's features."""
 
     name: str
-    build: Callable[..., Network]
+    build: Callable[["EncoderSpec"], Network]
     architecture: str
-    weights: Path | None
-    preprocess: Mapping[str, Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: Path | None  # None: random ones
+    preprocess: Mapping[str, Any]  # size in pixels, resizing, interpolation, mean and std
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of timm.create_model, or open_clip's configuration
 
     @property
     def weights_hash(self) -> str:
@@ -72,11 +67,9 @@ def open_clip_spec(name: str, rest: str) -> EncoderSpec:
         hint = f"; {plain} has it, without QuickGELU" if open_clip.get_pretrained_cfg(plain, tag) else ""
         raise ValueError(f"{name}: {architecture} has no tag or file {tag!r}{hint}. Its tags: {tags}")
     elif (matching := matching_gelu(architecture, card)) != architecture:
-        gelus = ("QuickGELU", "GELU") if card.get("quick_gelu") else ("GELU", "QuickGELU")
-        raise ValueError(
-            f"{name}: these weights were trained with {gelus[0]}, the architecture has {gelus[1]}; "
-            f"the correct name is open_clip:{matching}/{tag}"
-        )
+        trained, built = ("QuickGELU", "GELU") if card.get("quick_gelu") else ("GELU", "QuickGELU")
+        gelus = f"these weights were trained with {trained}, the architecture has {built}"
+        raise ValueError(f"{name}: {gelus}; the correct name is open_clip:{matching}/{tag}")
     else:
         repository, _, filename = card["hf_hub"].rpartition("/")
         names = (filename,) if filename else OPEN_CLIP_FILES
@@ -164,8 +157,7 @@ def _tokenizer(source: str) -> Tokenizer:
 def _openai_state(path: Path) -> dict[str, Tensor] | None:
     """Weights of a file in OpenAI's format, a TorchScript archive or its state dict; None for others.
 
-    Raises:
-        RuntimeError: a TorchScript archive that OpenAI did not publish; such a file could hold any program.
+    A TorchScript archive that OpenAI did not publish is refused: such a file could hold any program.
     """
     if path.suffix == ".safetensors":
         return None
@@ -266,7 +258,7 @@ def _hub_file(name: str, repository: str, filenames: Sequence[str], instead: str
     """The first of these files that a repository of the hub has, from its cache on this machine if it is there."""
     from huggingface_hub import constants, errors, hf_hub_download
 
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    host, files = urllib.parse.urlsplit(constants.ENDPOINT).hostname, " or ".join(filenames)
     try:
         for local, missing in ((True, errors.LocalEntryNotFoundError), (False, errors.RemoteEntryNotFoundError)):
             if not local and not urllib.request.getproxies():
@@ -275,11 +267,10 @@ def _hub_file(name: str, repository: str, filenames: Sequence[str], instead: str
                 with suppress(missing):
                     return _undamaged(name, Path(hf_hub_download(repository, filename, local_files_only=local)))
     except (OSError, errors.HFValidationError) as error:
-        raise ValueError(
-            f"{name}: {host} does not give {repository} ({one_line(error)}); download {' or '.join(filenames)} from "
-            f"{constants.ENDPOINT}/{repository} on a machine that can, copy it here and name it {instead}"
-        ) from error
-    raise ValueError(f"{name}: {repository} on {host} has no {' or '.join(filenames)}")
+        get = f"download {files} from {constants.ENDPOINT}/{repository} on a machine that can"
+        fault = f"{name}: {host} does not give {repository} ({one_line(error)})"
+        raise ValueError(f"{fault}; {get}, copy it here and name it {instead}") from error
+    raise ValueError(f"{name}: {repository} on {host} has no {files}")
 
 
 def _undamaged(name: str, path: Path) -> Path:

@@ -20,47 +20,35 @@ from torch.nn.functional import normalize
 
 from lib.features import datasets, extraction
 from lib.features.banks import LOGIT_SCALE, open_bank
-from lib.features.encoders import Encoder, load_encoder, resolve
+from lib.features.encoders import load_encoder, resolve
 from lib.features.extraction import fingerprint, make_job, slug
 from lib.files import cache_root
 
 
 @dataclass(frozen=True)
 class Features:
-    """Image features of one split under one encoder, in the encoder's own scale; never modified in place.
+    """Image features of one split under one encoder, in the encoder's own scale; never modified in place."""
 
-    Attributes:
-        x: float32, one row per image; with views, one such matrix per random crop and flip.
-        y: class index in [0, C).
-        quarantined: the ids of images that could not be decoded and are left out.
-    """
-
-    x: Float[Tensor, "n D"] | Float[Tensor, "v n D"]
-    y: Int64[Tensor, " n"]
+    x: Float[Tensor, "n D"] | Float[Tensor, "v n D"]  # with views, one matrix per random crop and flip
+    y: Int64[Tensor, " n"]  # class index in [0, C)
     classnames: tuple[str, ...]
     encoder: str
     dataset: str
     split: str
     fingerprint: str
-    quarantined: tuple[str, ...] = ()
+    quarantined: tuple[str, ...] = ()  # ids of images that could not be decoded and are left out
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Class features of one CLIP encoder.
+    """Class features of one CLIP encoder."""
 
-    Attributes:
-        x: unit rows, the normalised mean of a class's normalised text embeddings.
-        templates: the prompts, with `{}` for the class name.
-        logit_scale: the encoder's own learned scale; logits of the workbook are 100 x cosine whatever it is.
-    """
-
-    x: Float[Tensor, "C D"]
+    x: Float[Tensor, "C D"]  # unit rows, the normalised mean of a class's normalised text embeddings
     classnames: tuple[str, ...]
     encoder: str
     dataset: str
-    templates: tuple[str, ...]
-    logit_scale: float
+    templates: tuple[str, ...]  # the prompts, with `{}` for the class name
+    logit_scale: float  # the encoder's own, learned; logits of the workbook are 100 x cosine whatever it is
     fingerprint: str
 
 
@@ -70,33 +58,19 @@ def load(dataset: str, split: str, encoder: str, **options: Any) -> Features:
 
 
 def load_many(
-    dataset: str,
+    dataset: str,  # a name of `datasets`, or `features:PATH`, whose `encoders` are its files
     split: str,
     encoders: Sequence[str],
     *,
-    views: int = 1,
-    device: str = "auto",
+    views: int = 1,  # 1: the plain image; V > 1: V random crops and flips, and `x` of shape [V, n, D]
+    device: str = "auto",  # this and `precision`: see `encoders.load_encoder`
     precision: str = "fp32",
-    batch_size: int = 64,
-    num_workers: int = 0,
-    cache: Path | None = None,
-    quarantine: bool = False,
+    batch_size: int = 64,  # network inputs at once, views included
+    num_workers: int = 0,  # processes that decode; 0: decode here
+    cache: Path | None = None,  # see `files.cache_root`
+    quarantine: bool = False,  # leave out images that cannot be decoded, with their labels, instead of stopping
 ) -> tuple[Features, ...]:
-    """Features of a split under several encoders; what is not cached is extracted in one pass over the images.
-
-    Args:
-        dataset: a name of `datasets`, or `features:PATH`.
-        encoders: names of `encoders`, or the files of the bank.
-        views: 1 for the plain image; V > 1 for V random crops and flips, and `x` of shape [V, n, D].
-        device, precision: see `encoders.load_encoder`.
-        batch_size: network inputs at once, views included.
-        num_workers: processes that decode; 0 decodes here.
-        cache: the cache's folder; see `files.cache_root`.
-        quarantine: leave out images that cannot be decoded, with their labels, instead of stopping at the first.
-
-    Raises:
-        ValueError: an unknown name, a damaged bank, an image that cannot be decoded, features that are not finite.
-    """
+    """Features of a split under several encoders; what is not cached is extracted in one pass over the images."""
     if views < 1 or batch_size < 1:
         raise ValueError(f"views and batch_size are 1 or more, not {views} and {batch_size}")
     if dataset.startswith("features:"):
@@ -115,33 +89,22 @@ def load_many(
     for job, (x, y, manifest) in zip(jobs, extraction.cached(jobs, make), strict=True):
         bad = tuple(manifest["quarantined"])
         if bad and not quarantine:
-            raise ValueError(
-                f"{dataset}, {split}: the cached features lack {len(bad)} images that could not be decoded (first: "
-                f"{bad[0]}); repair them, or accept that by quarantine=True"
-            )
+            lack = f"the cached features lack {len(bad)} images that could not be decoded (first: {bad[0]})"
+            raise ValueError(f"{dataset}, {split}: {lack}; repair them, or accept that by quarantine=True")
         features.append(Features(x, y, data.classnames, job.encoder, dataset, split, job.fingerprint, bad))
     return tuple(features)
 
 
 def load_text(
-    dataset: str,
+    dataset: str,  # a name of `datasets`, or `features:PATH`, whose own text features are read
     encoder: str,
-    templates: str | datasets.Prompts | None = None,
+    templates: str | datasets.Prompts | None = None,  # None: the data set's own; otherwise see `datasets.prompts`
     *,
     device: str = "auto",
     precision: str = "fp32",
     cache: Path | None = None,
 ) -> TextFeatures:
-    """A data set's class features: the mean of the normalised embeddings of its prompts, normalised.
-
-    Args:
-        dataset: a name of `datasets`, or `features:PATH`, whose own text features are read.
-        encoder: a CLIP encoder.
-        templates: None for the data set's own; otherwise see `datasets.prompts`.
-
-    Raises:
-        ValueError: an encoder without a text tower, prompts that cannot be used, a bank without text features.
-    """
+    """A data set's class features: the mean of the normalised embeddings of its prompts, normalised."""
     if dataset.startswith("features:"):
         if templates is not None:
             raise ValueError(f"{dataset} holds text features already made; templates cannot be chosen")
@@ -161,19 +124,16 @@ def load_text(
 
     def make(_: list[extraction.Job]) -> None:
         model = load_encoder(encoder, device, precision)
-        x = torch.stack([_class_mean(model, group) for group in texts])
+        means = [normalize(model.encode_text(group), dim=1).mean(dim=0) for group in texts]
+        for mean, group in zip(means, texts, strict=True):
+            if not torch.isfinite(mean).all():
+                raise ValueError(f"{encoder} gives NaN or infinite features for one of {group}")
+        x = torch.stack([normalize(mean, dim=0) for mean in means])
         extraction.write(job, x.shape, [torch.arange(len(x)), x], logit_scale=model.logit_scale)
 
     [(x, _, manifest)] = extraction.cached([job], make)
     scale = manifest["logit_scale"]
     return TextFeatures(x, data.classnames, encoder, dataset, tuple(described), scale, job.fingerprint)
-
-
-def _class_mean(model: Encoder, texts: list[str]) -> Float[Tensor, " D"]:
-    x = model.encode_text(texts)
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{model.name} gives NaN or infinite features for one of {texts}")
-    return normalize(normalize(x, dim=1).mean(dim=0), dim=0)
 
 
 def _from_bank(dataset: str, split: str, encoder: str) -> Features:

@@ -5,27 +5,3 @@ from lib.predictors.caches import APE, Cache, ProKeR, SimilarCaches, TrainedCach
 from lib.predictors.heads import GDA, MLP, ConvexHead, LinearProbe, MultiBranchHead
 from lib.predictors.text import CLIPAdapter, CrossModal, LPPlusPlus, TaskRes, TextProbe
 from lib.predictors.transductive import MAdapter, TransCLIP
-
-__all__ = [
-    "APE",
-    "GDA",
-    "MLP",
-    "CLIPAdapter",
-    "Cache",
-    "ConvexHead",
-    "CrossModal",
-    "LPPlusPlus",
-    "LinearProbe",
-    "MAdapter",
-    "MultiBranchHead",
-    "NoPredictor",
-    "Predictor",
-    "ProKeR",
-    "SimilarCaches",
-    "TaskRes",
-    "TextProbe",
-    "TrainedCache",
-    "TransCLIP",
-    "hyper_parameters",
-    "initial_weight",
-]

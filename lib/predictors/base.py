@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from lib import metrics
@@ -42,7 +42,7 @@ class Predictor:
 
     def check(self, task: FewShotTask) -> None:
         """Raise a ValueError that names what this predictor cannot take; each `fit` begins with it."""
-        name, counts = type(self).__name__, task.support.y.bincount(minlength=task.num_classes)
+        name, counts = type(self).__name__, task.counts
         if self.clip_only and self.features != "clip":
             only = f"{name} compares images with class texts, which only clip features allow"
             raise ValueError(f"{only}; features are {self.features!r}")
@@ -83,6 +83,31 @@ def group_settings(predictors: Sequence[Predictor], varying: Container[str]) -> 
 
 
 @dataclass(eq=False)
+class GroupPredictor(Predictor):
+    """Predictors of which those that differ in `varying` alone are fitted in one pass, by `fit_group`."""
+
+    varying: ClassVar[Container[str]] = ()
+
+    def fit(self, task: FewShotTask, **start: Tensor | None) -> GroupPredictor:
+        self.check(task)
+        self.fit_group(task, [self], **start)
+        return self
+
+    @classmethod
+    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[GroupPredictor]:
+        predictors = [cls(**setting) for setting in settings]
+        for predictor in predictors:
+            predictor.check(task)
+        for group in group_settings(predictors, cls.varying):
+            cls.fit_group(task, group)
+        return predictors
+
+    @classmethod
+    def fit_group(cls, task: FewShotTask, group: Sequence[GroupPredictor]) -> None:
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
 class NoPredictor(Predictor):
     """No bias at all: zero-shot CLIP."""
 
@@ -95,9 +120,15 @@ class NoPredictor(Predictor):
         return torch.zeros_like(split.zero_shot)
 
 
-def row_orders(task: FewShotTask, epochs: int) -> Int64[Tensor, "epochs n"]:
-    """Order in which training visits the support; the one place where its seed acts."""
+def row_orders(task: FewShotTask, epochs: int) -> training.Orders:
+    """Order in which training visits the support, drawn with the task's seed."""
     return training.epoch_orders(len(task.support), epochs, torch.Generator().manual_seed(task.seed))
+
+
+def random_weight(task: FewShotTask, shape: tuple[int, int]) -> Float[Tensor, "m D"]:
+    """PyTorch's initial weight of a linear layer, uniform within 1/sqrt(D), drawn with the task's seed."""
+    generator = torch.Generator().manual_seed(task.seed)
+    return (2 * torch.rand(*shape, generator=generator) - 1) / shape[1] ** 0.5
 
 
 def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor, "C D"]:
@@ -105,16 +136,12 @@ def initial_weight(task: FewShotTask, features: str, init: str) -> Float[Tensor,
     x, num_classes = task.support.features(features), task.num_classes
     if init == "text" and (features != "clip" or task.text is None):
         raise ValueError(f"init 'text' needs class texts and clip features, which share a space, not {features!r}")
-    if init not in ("mean", "zero", "random", "text"):
-        raise ValueError(f"init is one of mean, zero, random, text, not {init!r}")
-    if init == "mean":
-        return metrics.class_means(x, task.support.y, num_classes)
-    if init == "text":
-        return task.text.clone()
-    return random_weight(task, (num_classes, x.shape[1])) if init == "random" else x.new_zeros(num_classes, x.shape[1])
-
-
-def random_weight(task: FewShotTask, shape: Sequence[int]) -> Float[Tensor, "m D"]:
-    """PyTorch's initial weight of a linear layer, uniform within 1/sqrt(D), drawn with the task's seed."""
-    generator = torch.Generator().manual_seed(task.seed)
-    return (2 * torch.rand(*shape, generator=generator) - 1) / shape[1] ** 0.5
+    starts = {
+        "mean": lambda: metrics.class_means(x, task.support.y, num_classes),
+        "zero": lambda: x.new_zeros(num_classes, x.shape[1]),
+        "random": lambda: random_weight(task, (num_classes, x.shape[1])),
+        "text": lambda: task.text.clone(),
+    }
+    if init not in starts:
+        raise ValueError(f"init is one of {', '.join(starts)}, not {init!r}")
+    return starts[init]()

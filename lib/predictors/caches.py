@@ -17,16 +17,10 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from lib import fusion
 from lib.predictors import training
-from lib.predictors.base import Predictor, group_settings, random_weight, row_orders
+from lib.predictors.base import GroupPredictor, Predictor, group_settings, random_weight, row_orders
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
 
 CHUNK = 2048  # images compared with the whole support at a time, so that memory stays bounded
-
-
-def class_order(task: FewShotTask) -> tuple[Int64[Tensor, " m"], Int64[Tensor, " C"]]:
-    """Rows of the support class by class, and how many each class has."""
-    y = task.support.y
-    return torch.argsort(y, stable=True), torch.bincount(y, minlength=task.num_classes)
 
 
 def class_sums(values: Float[Tensor, "n m"], counts: Int64[Tensor, " C"]) -> Float[Tensor, "n C"]:
@@ -50,19 +44,15 @@ class Cache(Predictor):
 
     If the task has augmented views, a key is the mean of its image's views, re-normalised (as the authors' ten).
 
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
-        sharpness: of the kernel, above 0; the authors' inner beta.
-
     Source: Tip-Adapter (arXiv 2111.03930), eq. 3-5; repository gaopengcuhk/Tip-Adapter, `run_tip_adapter`.
     """
 
     features: str = "clip"
-    sharpness: float = 1.0
+    sharpness: float = 1.0  # of the kernel, above 0; the authors' inner beta
 
     def fit(self, task: FewShotTask) -> Cache:
         self.check(task)
-        order, self.counts_ = class_order(task)
+        order, self.counts_ = task.support.y.argsort(stable=True), task.counts  # keys stand class by class
         views = torch.stack([view.features(self.features)[order] for view in task.views or (task.support,)])
         self.keys_ = normalize(views.mean(0), dim=1) if len(views) > 1 else views[0]
         return self
@@ -94,19 +84,14 @@ class TrainedCache(Cache):
 
         loss = CE(s0 + init_beta exp(-init_sharpness (1 - x keys^T)) one_hot, y)
 
-    Args:
-        init: where the keys start: `features` (the support's rows) or `random` (PyTorch's linear layer).
-        init_beta, init_sharpness: the fusion during training.
-        lr, epochs, batch_size: of AdamW (eps 1e-4, weight decay 0.01) with a cosine per step.
-
     Source: repository gaopengcuhk/Tip-Adapter, `run_tip_adapter_F`, whose epoch is the best on test, here the last.
     """
 
     needs_text: ClassVar[bool] = True
-    init: str = "features"
-    init_beta: float = 1.17
+    init: str = "features"  # where the keys start: at the support's rows, or `random` (PyTorch's linear layer)
+    init_beta: float = 1.17  # the fusion during training, as init_sharpness
     init_sharpness: float = 1.0
-    lr: float = 1e-3
+    lr: float = 1e-3  # of AdamW (eps 1e-4, weight decay 0.01) with a cosine per step
     epochs: int = 20
     batch_size: int = 256
 
@@ -122,9 +107,8 @@ class TrainedCache(Cache):
             cache_logits = self.cache_logits(self.affinity(x[rows]), self.init_sharpness)
             return cross_entropy(zero_shot[rows] + self.init_beta * cache_logits, y[rows])
 
-        rates = training.cosine(self.lr, self.epochs * math.ceil(len(y) / self.batch_size))
         orders = row_orders(task, self.epochs) if orders is None else orders
-        self.losses_ = training.minimise(loss, optimiser, orders, self.batch_size, rates)
+        self.losses_ = training.minimise(loss, optimiser, orders, self.batch_size)
         self.keys_ = self.keys_.detach()
         return self
 
@@ -182,7 +166,7 @@ class APE(Cache):
 
     def fit(self, task: FewShotTask) -> APE:
         self.check(task)
-        order, self.counts_ = class_order(task)
+        order, self.counts_ = task.support.y.argsort(stable=True), task.counts
         keep = max(1, math.floor(self.channels * task.text.shape[1] + 0.5))
         self.channels_ = self.criterion(task).topk(keep).indices
         self.keys_ = normalize(task.support.clip[order][:, self.channels_], dim=1)
@@ -193,7 +177,7 @@ class APE(Cache):
     def criterion(self, task: FewShotTask) -> Float[Tensor, " D"]:
         """J of each channel; the largest are kept."""
         sums = task.text.index_add(0, task.support.y, task.support.clip)
-        counts = 1 + class_order(task)[1]
+        counts = 1 + task.counts
         products = (sums.sum(0).square() - sums.square().sum(0)) / (counts.sum().square() - counts.square().sum())
         return self.inter * task.text.var(0) - self.intra * products
 
@@ -205,7 +189,7 @@ class APE(Cache):
 
 
 @dataclass(eq=False)
-class ProKeR(Predictor):
+class ProKeR(GroupPredictor):
     """Proximal kernel ridge regression: the residual of zero-shot CLIP, regressed on the support in closed form.
 
         A = (K_SS / penalty + I)^-1 (one_hot - f_S T^T),  bias = 100 K(x, S) A,  K(a, b) = exp(-sharpness (1 - a b))
@@ -213,43 +197,28 @@ class ProKeR(Predictor):
     The authors add K A to cosines; the factor 100 brings both to the scale of `s0`. Their A is `penalty` times the
     usual ridge coefficients, so a larger value means a stronger bias.
 
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
-        sharpness, penalty: above 0; the authors' beta and lambda.
-
     Source: ProKeR (arXiv 2501.11175), eq. 11-12; repository ybendou/ProKeR at 035b684.
     """
 
     needs_text: ClassVar[bool] = True
+    varying = ("penalty",)
     features: str = "clip"
-    sharpness: float = 1.0
-    penalty: float = 0.1
-
-    def fit(self, task: FewShotTask) -> ProKeR:
-        self._solve(task, [self])
-        return self
-
-    @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[ProKeR]:
-        """One fitted predictor for each setting; settings that differ in `penalty` alone share their kernel."""
-        predictors = [cls(**setting) for setting in settings]
-        for group in group_settings(predictors, {"penalty"}):
-            group[0]._solve(task, group)
-        return predictors
+    sharpness: float = 1.0  # above 0; the authors' beta
+    penalty: float = 0.1  # above 0; the authors' lambda
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         rows = split.features(self.features).split(CHUNK)
         return torch.cat([kernel(x @ self.keys_.T, self.sharpness) @ self.coefficients_ for x in rows])
 
-    def _solve(self, task: FewShotTask, group: Sequence[ProKeR]) -> None:
-        """Fit predictors that differ in `penalty` alone: a Cholesky factor each is quicker than one eigenbasis."""
-        self.check(task)
-        keys, zero_shot = task.support.features(self.features), task.support.zero_shot
+    @classmethod
+    def fit_group(cls, task: FewShotTask, group: Sequence[ProKeR]) -> None:
+        """A Cholesky factor for each penalty is quicker than one eigenbasis."""
+        keys, zero_shot = task.support.features(group[0].features), task.support.zero_shot
         small = len(keys) <= 4 * CHUNK  # the kernel of 16,000 images takes 1 GB in float32, and is kept only once
         x = keys.double() if small else keys
         residual = one_hot(task.support.y, task.num_classes).to(x.dtype) - zero_shot / LOGIT_SCALE
         system = x.new_empty(len(x), len(x))
-        write_kernel = lambda: torch.mm(x, x.T, out=system).sub_(1).mul_(self.sharpness).exp_()  # noqa: E731
+        write_kernel = lambda: torch.mm(x, x.T, out=system).sub_(1).mul_(group[0].sharpness).exp_()  # noqa: E731
         shared = write_kernel().clone() if small else None
         factor = system.mT  # by columns, as LAPACK wants it: any other order would be copied
         for predictor in group:

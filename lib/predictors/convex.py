@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 MEMORY = 5  # steps that L-BFGS remembers
+EVALUATIONS = 1000  # gradients after which it stops in any case, for each penalty
 
 
 @dataclass(frozen=True)
@@ -34,24 +35,16 @@ def solve_path(
     x: Float[Tensor, "n D"],
     zero_shot: Float[Tensor, "n C"],
     y: Int64[Tensor, " n"],
-    penalties: Sequence[float],
+    penalties: Sequence[float],  # each above 0, in any order
     *,
-    lam: float = 0.0,
-    u: Float[Tensor, " n"] | None = None,
-    intercept: bool = False,
-    tolerance: float = 1e-4,
-    max_evaluations: int = 1000,
+    lam: float = 0.0,  # at 0, plain logistic regression, `s0` is without effect
+    u: Float[Tensor, " n"] | None = None,  # weight of each image's bias in the fused branch, beta included; 1 if absent
+    intercept: bool = False,  # also learn b, which is not penalised
+    tolerance: float = 1e-4,  # norm of the gradient to stop at, relative to the one at zero weights
 ) -> Convex:
-    """Minimise the loss above for each penalty, strong to weak, warm-started by extrapolating the last two solutions.
+    """Minimise the loss above, in the precision of `x`, for each penalty.
 
-    Args:
-        x: rows of the support; everything is computed in their precision.
-        zero_shot: `s0`; without effect at lam = 0, which is plain logistic regression.
-        penalties: each above 0, in any order.
-        u: weight of each image's bias in the fused branch, beta included; 1 if absent.
-        intercept: also learn b, which is not penalised.
-        tolerance: norm of the gradient to stop at, relative to the one at zero weights.
-        max_evaluations: stop there in any case, for each penalty.
+    Penalties go from strong to weak, each warm-started by extrapolating the last two solutions.
     """
     if min(penalties) <= 0:
         raise ValueError(f"penalties must be above 0, not {min(penalties)}")
@@ -83,8 +76,7 @@ def solve_path(
             point, logits = (torch.lerp(*ends, ahead) for ends in zip(past[0][1:], past[1][1:], strict=True))
         ridge[:width] = penalties[i]
         pairs = [(s, d + change * (ridge > 0) * s) for s, d in pairs]  # curvature under the new penalty
-        target = tolerance * norm_at_zero
-        point, logits, *reached = _descend(loss, rows, ridge, point, logits, pairs, target, max_evaluations)
+        point, logits, *reached = _descend(loss, rows, ridge, point, logits, pairs, tolerance * norm_at_zero)
         past = [*past[-1:], (at, point, logits)]
         solutions[i] = (point, *reached)
     points, losses, norms, evaluations = zip(*(solutions[i] for i in range(len(penalties))), strict=True)
@@ -100,22 +92,22 @@ def solve_path(
 
 
 def _descend(
-    loss: Callable, rows: Tensor, ridge: Tensor, point: Tensor, logits: Tensor, pairs: list, target: float, most: int
+    loss: Callable, rows: Tensor, ridge: Tensor, point: Tensor, logits: Tensor, pairs: list, target: float
 ) -> tuple[Tensor, Tensor, float, float, int]:
     """L-BFGS from a point [d, C] with its logits; point, logits, loss, norm of the gradient, gradients computed."""
     value, by_logits = loss(logits)
     gradient = rows.T @ by_logits + ridge * point
-    for evaluations in range(1, most + 1):
+    for evaluations in range(1, EVALUATIONS + 1):
         norm = gradient.norm().item()
-        if norm <= target or evaluations == most:
+        if norm <= target or evaluations == EVALUATIONS:
             break
         direction = _quasi_newton(gradient, pairs)
         step = _search(loss, rows, ridge, point, logits, value, gradient, direction)
-        if step is None and pairs:
+        if step is None:
+            if not pairs:
+                break  # no descent within rounding; the certificate says how far the gradient is from 0
             pairs.clear()  # rounding has spoilt the memory: follow the gradient
             continue
-        if step is None:
-            break  # no descent within rounding; the certificate says how far the gradient is from 0
         length, logits, value, by_logits = step
         point = point + length * direction
         before, gradient = gradient, rows.T @ by_logits + ridge * point

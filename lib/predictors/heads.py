@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,25 +14,22 @@ from torch.nn.functional import cross_entropy
 
 from lib import fusion, metrics
 from lib.predictors import convex, training
-from lib.predictors.base import Predictor, group_settings, initial_weight, row_orders
+from lib.predictors.base import GroupPredictor, Predictor, initial_weight, row_orders
+from lib.predictors.training import Orders
 from lib.tasks import FewShotTask, Split
 
 PER_HEAD = ("init", "lam", "beta", "confidence", "rho", "on", "constant", "select_epoch", "keep_epochs")
-Orders = Int64[Tensor, "epochs n"] | None
 
 
 @dataclass(eq=False)
-class TwoBranchHead(Predictor):
+class TwoBranchHead(GroupPredictor):
     """Linear heads on AMU-Tuning's loss, (1 - lam) CE(a, y) + lam CE(s0 + beta u(s0) a, y).
 
-    Args:
-        features: `clip`, `aux` or `clip+aux`.
-        lam: weight of the fused branch in [0, 1]; 0 needs no class texts.
-        beta, confidence, rho, on, constant: of the loss, whatever the fusion of a method is; see `fusion.uncertain`.
+    beta, confidence, rho, on and constant are the loss's, whatever the fusion of a method is; see `fusion.uncertain`.
     """
 
     standardised: ClassVar[bool] = False  # a z-score is not convex; a trained head may have it
-    lam: float = 0.5
+    lam: float = 0.5  # weight of the fused branch in [0, 1]; 0 needs no class texts
     beta: float = 1.0
     confidence: str = "kurtosis"
     rho: float = 0.4
@@ -60,54 +57,33 @@ class TwoBranchHead(Predictor):
 class MultiBranchHead(TwoBranchHead):
     """AMU-Tuning's linear head, trained: a = W g or its z-score.
 
-    Args:
-        init: start of W: `mean` (class means), `zero`, `random` (PyTorch's linear layer), or `text` (class texts; for
-            features `clip` only).
-        standardised: z-score the bias logits of each image, in both branches and in what `logits` returns.
-        lr, weight_decay, epochs, batch_size: of AdamW (eps 1e-4) with a cosine per step.
-        select_epoch: keep the weights of the epoch with the best fused accuracy on `task.val` (the first of equals)
-            instead of the last; without validation images the last epoch is kept.
-        keep_epochs: leave the weights after each epoch in `epoch_weights_`, for training curves.
-
     If the task has augmented views, each visit of an image takes one of them at random.
 
     Source: AMU-Tuning, eq. 6-11, and repository TJU-sjyj/AMU-Tuning.
     """
 
-    init: str = "mean"
-    standardised: bool = False
-    lr: float = 1e-3
+    varying = PER_HEAD
+    init: str = "mean"  # start of W, see `initial_weight`
+    standardised: bool = False  # z-score the bias of each image, in both branches and in what `logits` returns
+    lr: float = 1e-3  # of AdamW (eps 1e-4) with a cosine per step, as what follows
     weight_decay: float = 0.01
     epochs: int = 50
     batch_size: int = 8
-    select_epoch: bool = False
-    keep_epochs: bool = False
+    select_epoch: bool = False  # keep the epoch with the best fused accuracy on `task.val`, if any; the first of equals
+    keep_epochs: bool = False  # leave the weights after each epoch in `epoch_weights_`, for training curves
 
-    def fit(self, task: FewShotTask, orders: Orders = None) -> MultiBranchHead:
+    @classmethod
+    def fit_group(cls, task: FewShotTask, group: Sequence[MultiBranchHead], orders: Orders | None = None) -> None:
         """Train; `orders` takes the place of the seeded order of the rows."""
-        self._fit_group(task, [self], orders)
-        return self
-
-    @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[MultiBranchHead]:
-        heads = [cls(**setting) for setting in settings]
-        for group in group_settings(heads, PER_HEAD):
-            cls._fit_group(task, group)
-        return heads
-
-    @classmethod
-    def _fit_group(cls, task: FewShotTask, heads: Sequence[MultiBranchHead], orders: Orders = None) -> None:
-        for head in heads:
-            head.check(task)
-            head.epoch_weights_ = []
-        first, views, best = heads[0], task.views or (task.support,), {}
+        first, views, best = group[0], task.views or (task.support,), {}
         generator = torch.Generator().manual_seed(task.seed)
         seeded = training.epoch_orders(len(task.support), first.epochs, generator)
         orders = seeded if orders is None else orders
-        picks = torch.randint(len(views), orders.shape, generator=generator)
+        for head in group:
+            head.epoch_weights_ = []
 
-        def keep(group: slice, weights: Float[Tensor, "b C D"]) -> None:
-            for head, weight in zip(heads[group], weights, strict=True):
+        def keep(_: int, trained: slice, weights: Float[Tensor, "b C D"]) -> None:
+            for head, weight in zip(group[trained], weights, strict=True):
                 if head.keep_epochs:
                     head.epoch_weights_.append(weight.clone())
                 if head.select_epoch and task.val is not None:
@@ -115,26 +91,20 @@ class MultiBranchHead(TwoBranchHead):
                     if accuracy > best.get(head, (-1.0, None))[0]:
                         best[head] = (accuracy, weight.clone())
 
-        per_epoch = math.ceil(len(task.support) / first.batch_size)
-        follow = any(head.keep_epochs or head.select_epoch for head in heads)
         trained = training.train_heads(
             torch.stack([view.features(first.features) for view in views]),
             torch.stack([view.zero_shot for view in views]),
             task.support.y,
-            torch.stack([initial_weight(task, head.features, head.init) for head in heads]),
+            torch.stack([initial_weight(task, head.features, head.init) for head in group]),
             orders,
-            lr=first.lr,
-            weight_decay=first.weight_decay,
-            lam=[head.lam for head in heads],
-            beta=[head.beta for head in heads],
-            u=torch.stack([torch.stack([head.u(view) for view in views]) for head in heads]),
-            standardised=first.standardised,
-            batch_size=first.batch_size,
-            picks=picks if len(views) > 1 else None,
-            watched=range(per_epoch, per_epoch * first.epochs + 1, per_epoch) if follow else (),
-            watch=keep,
+            lam=[head.lam for head in group],
+            beta=[head.beta for head in group],
+            u=torch.stack([torch.stack([head.u(view) for view in views]) for head in group]),
+            picks=torch.randint(len(views), orders.shape, generator=generator),
+            watch=keep if any(head.keep_epochs or head.select_epoch for head in group) else None,
+            **{name: getattr(first, name) for name in ("lr", "weight_decay", "standardised", "batch_size")},
         )
-        for head, weight, losses in zip(heads, trained.weight, trained.losses, strict=True):
+        for head, weight, losses in zip(group, trained.weight, trained.losses, strict=True):
             head.losses_, head.weight_ = losses, best.get(head, (1.0, weight))[1]
 
 
@@ -145,37 +115,25 @@ class ConvexHead(TwoBranchHead):
         mean_i [(1 - lam) CE(W g_i, y_i) + lam CE(s0_i + beta u(s0_i) W g_i, y_i)] + penalty / 2 ||W||^2
 
     The penalty does what 50 epochs from the class means do in the paper: it keeps W small. No order, no rate, no seed.
-
     """
 
+    varying = ("penalty",)
     penalty: float = 1e-3  # above 0
     tolerance: float = 1e-3  # `gradient_norm_` to stop at, relative to the one at W = 0
 
-    def fit(self, task: FewShotTask) -> ConvexHead:
-        self._fit_path(task, [self])
-        return self
-
     @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[ConvexHead]:
-        heads = [cls(**setting) for setting in settings]
-        for path in group_settings(heads, ("penalty",)):
-            cls._fit_path(task, path)
-        return heads
-
-    @classmethod
-    def _fit_path(cls, task: FewShotTask, heads: Sequence[ConvexHead]) -> None:
-        (first, *_), support = heads, task.support
-        first.check(task)
-        x, u, penalties = support.features(first.features), first.beta * first.u(support), [h.penalty for h in heads]
-        settings = {"lam": first.lam, "u": u, "tolerance": first.tolerance}
+    def fit_group(cls, task: FewShotTask, group: Sequence[ConvexHead]) -> None:
+        first, support, penalties = group[0], task.support, [head.penalty for head in group]
+        settings = {"lam": first.lam, "u": first.beta * first.u(support), "tolerance": first.tolerance}
+        x = support.features(first.features)
         solved = convex.solve_path(x, support.zero_shot, support.y, penalties, **settings)
-        for i, head in enumerate(heads):
+        for i, head in enumerate(group):
             head.weight_, head.gradient_norm_ = solved.weight[i], solved.gradient_norms[i].item()
             head.evaluations_ = solved.evaluations[i].item()
 
 
 @dataclass(eq=False)
-class LinearProbe(Predictor):
+class LinearProbe(GroupPredictor):
     """Multinomial logistic regression on the features, without class texts.
 
         loss = sum_i CE(W x_i + b, y_i) + ||W||^2 / (2 inverse_penalty)
@@ -183,31 +141,21 @@ class LinearProbe(Predictor):
     Source: the linear probe of CLIP (Radford et al., 2021); agrees with scikit-learn's, see the tests.
     """
 
+    varying = ("inverse_penalty",)
     features: str = "clip"
     inverse_penalty: float = 10.0  # scikit-learn's `C`, above 0
 
-    def fit(self, task: FewShotTask) -> LinearProbe:
-        self._fit_path(task, [self])
-        return self
-
     @classmethod
-    def fit_many(cls, task: FewShotTask, settings: Sequence[Mapping[str, object]]) -> list[LinearProbe]:
-        probes = [cls(**setting) for setting in settings]
-        for path in group_settings(probes, ("inverse_penalty",)):
-            cls._fit_path(task, path)
-        return probes
+    def fit_group(cls, task: FewShotTask, group: Sequence[LinearProbe]) -> None:
+        x, support = task.support.features(group[0].features).double(), task.support
+        penalties = [1 / (probe.inverse_penalty * len(x)) for probe in group]
+        solved = convex.solve_path(x, support.zero_shot, support.y, penalties, intercept=True, tolerance=1e-6)
+        for i, probe in enumerate(group):
+            probe.weight_, probe.intercept_ = solved.weight[i].float(), solved.intercept[i].float()
+            probe.gradient_norm_ = solved.gradient_norms[i].item()
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return split.features(self.features) @ self.weight_.T + self.intercept_
-
-    @classmethod
-    def _fit_path(cls, task: FewShotTask, probes: Sequence[LinearProbe]) -> None:
-        x, support = task.support.features(probes[0].features).double(), task.support
-        penalties = [1 / (probe.inverse_penalty * len(x)) for probe in probes]
-        solved = convex.solve_path(x, support.zero_shot, support.y, penalties, intercept=True, tolerance=1e-6)
-        for i, probe in enumerate(probes):
-            probe.weight_, probe.intercept_ = solved.weight[i].float(), solved.intercept[i].float()
-            probe.gradient_norm_ = solved.gradient_norms[i].item()
 
 
 @dataclass(eq=False)
@@ -246,9 +194,8 @@ class MLP(Predictor):
             fused = cross_entropy(zero_shot[rows] + self.beta * bias, y[rows])
             return (1 - self.lam) * cross_entropy(bias, y[rows]) + self.lam * fused
 
-        optimiser = torch.optim.AdamW(weights, weight_decay=self.weight_decay, eps=1e-4)
-        rates = training.cosine(self.lr, self.epochs * math.ceil(len(y) / self.batch_size))
-        self.losses_ = training.minimise(loss, optimiser, row_orders(task, self.epochs), self.batch_size, rates)
+        optimiser = torch.optim.AdamW(weights, lr=self.lr, weight_decay=self.weight_decay, eps=1e-4)
+        self.losses_ = training.minimise(loss, optimiser, row_orders(task, self.epochs), self.batch_size)
         self.weights_ = [weight.detach() for weight in weights]
         return self
 
@@ -281,8 +228,7 @@ class GDA(Predictor):
     def fit(self, task: FewShotTask) -> GDA:
         self.check(task)
         views = task.views or (task.support,)
-        x = torch.cat([view.features(self.features) for view in views]).double()
-        y = torch.cat([view.y for view in views])
+        x, y = torch.cat([view.features(self.features) for view in views]).double(), task.support.y.repeat(len(views))
         mean = metrics.class_means(x, y, task.num_classes)
         centred = x - mean[y]
         scatter, dim = centred.T @ centred, x.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +15,8 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 from lib import metrics
 from lib.predictors import training
 from lib.predictors.base import Predictor, random_weight, row_orders
+from lib.predictors.training import Orders
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
-
-Orders = Int64[Tensor, "epochs n"]  # rows as each epoch visits them; drawn with the task's seed where `fit` gets none
 
 
 @dataclass(eq=False)
@@ -41,13 +40,14 @@ class TextTuned(Predictor):
     ) -> None:
         x, y = task.support.clip, task.support.y
         batch = min(self.batch_size, len(y))
+        steps = len(y) // batch  # of an epoch
+        rates = training.warmed_cosine(self.lr, self.epochs, steps)
+        orders = (row_orders(task, self.epochs) if orders is None else orders)[:, : steps * batch]
 
         def loss(rows: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
             return cross_entropy(forward(x[rows]), y[rows]) + penalty()
 
-        rates = training.warmed_cosine(self.lr, self.epochs, len(y) // batch)
-        orders = row_orders(task, self.epochs) if orders is None else orders
-        self.losses_ = training.minimise(loss, optimiser, orders, batch, rates, drop_last=True)
+        self.losses_ = training.minimise(loss, optimiser, orders, batch, rates)
 
 
 @dataclass(eq=False)
@@ -56,21 +56,16 @@ class CLIPAdapter(TextTuned):
 
         h = ratio relu(W2 relu(W1 f)) + (1 - ratio) f,    logits = 100 unit(h) T^T,    W1 [D/4, D], W2 [D, D/4]
 
-    Args:
-        ratio: weight of the adapted feature, in [0, 1]; 0 gives zero-shot CLIP back.
-        lr, weight_decay, epochs, batch_size: of SGD with momentum 0.9 and CoOp's schedule; ours, as the authors ship no
-            training configuration, and large enough to move unit features.
+    SGD's rate (momentum 0.9) and decay are ours, large enough to move unit features: the authors ship no configuration.
 
     Source: CLIP-Adapter (arXiv 2110.04544), eq. 3-6, image side; repository gaopengcuhk/CLIP-Adapter (second ReLU).
     """
 
-    ratio: float = 0.2
+    ratio: float = 0.2  # weight of the adapted feature, in [0, 1]; 0 gives zero-shot CLIP back
     lr: float = 0.05
     weight_decay: float = 5e-4
 
-    def fit(
-        self, task: FewShotTask, start: tuple[Tensor, Tensor] | None = None, orders: Orders | None = None
-    ) -> CLIPAdapter:
+    def fit(self, task: FewShotTask, start: Sequence[Tensor] = (), orders: Orders | None = None) -> CLIPAdapter:
         self.check(task)
         dim, hidden = task.text.shape[1], max(1, task.text.shape[1] // 4)
         start = start or (random_weight(task, (hidden, dim)), random_weight(task, (dim, hidden)))
@@ -94,14 +89,12 @@ class TaskRes(TextTuned):
 
         logits = 100 f unit(t_c + scale x_c)^T,    x starts at 0
 
-    Args:
-        scale: of the residual; 0 gives zero-shot CLIP back.
-        lr, epochs, batch_size: of Adam with CoOp's schedule; the L2 penalty 5e-4 in its gradient is Dassl's default.
+    Trained by Adam; the L2 penalty 5e-4 in its gradient is Dassl's default.
 
     Source: TaskRes (arXiv 2211.10277), eq. 4; repository geekyutao/TaskRes, configuration `adam_lr2e-3_B256_ep200`.
     """
 
-    scale: float = 0.5
+    scale: float = 0.5  # 0 gives zero-shot CLIP back
 
     def fit(self, task: FewShotTask, orders: Orders | None = None) -> TaskRes:
         self.check(task)
@@ -127,30 +120,21 @@ class TextProbe(TextTuned):
     lambda_c is the mean zero-shot probability of c over the support images of class c. The penalty is on texts before
     normalisation, `text_norm` long: on unit rows the authors' learning rate is unstable and their penalty too weak.
 
-    Args:
-        constraint: `none`; `l2`; `l2-balanced`, all lambda 1; `l2-corrected`, lambda C / sum(lambda); `l2-constant`,
-            their mean.
-        text_norm: length of the texts before normalisation; CLIP's are 7 to 10.
-        lr, epochs, batch_size: of SGD with momentum 0.9 and CoOp's schedule.
-
     Source: CLAP (arXiv 2312.12730), eq. 5-9, without the outer steps its paper drops; repository jusiro/CLAP.
     """
 
-    constraint: str = "none"
-    text_norm: float = 8.0
-    lr: float = 0.1
+    constraint: str = "none"  # or how lambda is normalised, see `_multipliers`
+    text_norm: float = 8.0  # length of the texts before normalisation; CLIP's are 7 to 10
+    lr: float = 0.1  # of SGD with momentum 0.9
     epochs: int = 300
 
-    def fit(
-        self, task: FewShotTask, start: Float[Tensor, "C D"] | None = None, orders: Orders | None = None
-    ) -> TextProbe:
+    def fit(self, task: FewShotTask, start: Tensor | None = None, orders: Orders | None = None) -> TextProbe:
         self.check(task)
         self.multipliers_ = self._multipliers(task)
         start = self.text_norm * task.text if start is None else start
         weight = start.clone().requires_grad_()
         optimiser = torch.optim.SGD([weight], lr=self.lr, momentum=0.9)
-        penalty = lambda: self.penalty(weight, start)  # noqa: E731
-        self._train(task, optimiser, lambda x: self._forward(x, weight), orders, penalty)
+        self._train(task, optimiser, lambda x: self._forward(x, weight), orders, lambda: self.penalty(weight, start))
         self.weight_ = weight.detach()
         return self
 
@@ -166,9 +150,9 @@ class TextProbe(TextTuned):
         correct_p = metrics.class_means(p, task.support.y, task.num_classes).diagonal()
         multipliers = {
             "none": torch.zeros_like(correct_p),
-            "l2": correct_p.clone(),
+            "l2": correct_p,
             "l2-balanced": torch.ones_like(correct_p),
-            "l2-corrected": correct_p * len(correct_p) / correct_p.sum(),
+            "l2-corrected": correct_p / correct_p.mean(),
             "l2-constant": correct_p.mean().expand_as(correct_p),
         }
         if self.constraint not in multipliers:
@@ -185,12 +169,7 @@ class CrossModal(Predictor):
 
         logits = 100 f W^T,    W starts at T and is not normalised,    at the end W <- wise W + (1 - wise) T
 
-    Args:
-        wise: weight of the trained W in the average with the texts (WiSE-FT); 1 keeps it alone.
-        texts: False trains on images only, the authors' uni-modal baseline.
-        lr, weight_decay, iterations, warm_up, batch_size: of AdamW; the rate rises for `warm_up` steps, then falls
-            along a cosine of the full length, which it does not finish. Half of the batch are images.
-        evaluate_every: steps between evaluations on `task.val`; the first best weights are kept, the last ones without.
+    AdamW's rate rises for `warm_up` steps, then falls along a cosine of the full length, which it does not finish.
 
     Source: cross-modal adaptation (arXiv 2301.06267), eq. 3-5; repository linzhiqiu/cross_modal_adaptation.
     """
@@ -198,14 +177,14 @@ class CrossModal(Predictor):
     clip_only: ClassVar[bool] = True
     needs_text: ClassVar[bool] = True
     features: str = "clip"
-    wise: float = 0.5
-    texts: bool = True
+    wise: float = 0.5  # weight of the trained W in the average with the texts (WiSE-FT); 1 keeps it alone
+    texts: bool = True  # False trains on images only, the authors' uni-modal baseline
     lr: float = 1e-3
     weight_decay: float = 0.01
     iterations: int = 12800
     warm_up: int = 50
-    batch_size: int = 8
-    evaluate_every: int = 100
+    batch_size: int = 8  # half of them images
+    evaluate_every: int = 100  # steps; the first weights that are best on `task.val` are kept, without it the last ones
 
     def fit(
         self, task: FewShotTask, orders: Orders | None = None, text_orders: Int64[Tensor, "passes C"] | None = None
@@ -218,18 +197,17 @@ class CrossModal(Predictor):
         if self.texts:
             rows = torch.cat([rows, n + self._half_batches(classes, text_orders, task.seed + 1)], dim=1)
 
-        def evaluate(_: slice, weight: Float[Tensor, "1 C D"]) -> None:
+        def evaluate(step: int, _: slice, weight: Float[Tensor, "1 C D"]) -> None:
             nonlocal best, best_accuracy
+            if task.val is None or step % self.evaluate_every:
+                return
             accuracy = metrics.accuracy(task.val.clip @ weight[0].T, task.val.y)
             if accuracy > best_accuracy:
                 best, best_accuracy = weight[0].clone(), accuracy
 
-        watched = () if task.val is None else range(1, self.iterations + 1, self.evaluate_every)
         data = x[None], torch.zeros(1, len(x), classes), y, task.text[None], rows  # each step an epoch of one batch
         adamw = {"lr": self.lr, "weight_decay": self.weight_decay, "eps": 1e-8, "rates": self.rates()}
-        trained = training.train_heads(
-            *data, **adamw, lam=0.0, batch_size=rows.shape[1], watched=watched, watch=evaluate
-        )
+        trained = training.train_heads(*data, **adamw, lam=0.0, batch_size=rows.shape[1], watch=evaluate)
         self.losses_ = trained.losses[0, :, 2]
         weight = trained.weight[0] if best is None else best
         self.weight_ = self.wise * weight + (1 - self.wise) * task.text
@@ -265,15 +243,13 @@ class LPPlusPlus(Predictor):
     every tenth with n / (4 max_c sum_i cos(f_i, t_c)^2) and, as released, the sum of all gradients so far. W starts at
     the class sums, alpha at 250 times the mean cosine of an image to its text, b (random in the authors' code) at 0.
 
-    Args:
-        features: of the probe, `clip`, `aux` or `clip+aux`; the text term always uses CLIP's cosine.
-        iterations: the weights with the best accuracy on `task.val` are kept, the latest of equals, or the last ones.
+    The weights with the best accuracy on `task.val` are kept, the latest of equals; without it the last ones.
 
     Source: LP++ (arXiv 2404.02285), eq. 4-13; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline.
     """
 
     needs_text: ClassVar[bool] = True
-    features: str = "clip"
+    features: str = "clip"  # of the probe; the text term always uses CLIP's cosine
     iterations: int = 300
 
     def fit(self, task: FewShotTask, intercept: Float[Tensor, " C"] | None = None) -> LPPlusPlus:
@@ -306,7 +282,5 @@ class LPPlusPlus(Predictor):
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         return self._forward(split, self.weight_, self.intercept_, self.alpha_)
 
-    def _forward(
-        self, split: Split, weight: Float[Tensor, "C D"], intercept: Float[Tensor, " C"], alpha: Float[Tensor, " C"]
-    ) -> Float[Tensor, "n C"]:
+    def _forward(self, split: Split, weight: Tensor, intercept: Tensor, alpha: Tensor) -> Float[Tensor, "n C"]:
         return split.features(self.features) @ weight.T + intercept + alpha * split.zero_shot / LOGIT_SCALE

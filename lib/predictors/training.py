@@ -8,18 +8,21 @@ Heads differ in start, lam, beta and u; they share all else, so that one matrix 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import one_hot
+
+Orders = Int64[Tensor, "epochs visits"]  # rows in the order of training; an epoch need not hold each row once
+CACHED = 800_000  # weights trained at a time on a thread; with gradients and moments they stay in a core's cache
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(NamedTuple):
     """B trained linear heads."""
 
     weight: Float[Tensor, "B C D"]
@@ -38,7 +41,7 @@ def in_threads(work: Callable, items: Sequence) -> list:
         torch.set_num_threads(threads)
 
 
-def epoch_orders(n: int, epochs: int, generator: torch.Generator) -> Int64[Tensor, "epochs n"]:
+def epoch_orders(n: int, epochs: int, generator: torch.Generator) -> Orders:
     """One random permutation of the n rows for each epoch."""
     return torch.stack([torch.randperm(n, generator=generator) for _ in range(epochs)])
 
@@ -49,9 +52,7 @@ def cosine(lr: float, steps: int) -> Float[Tensor, " steps"]:
 
 
 def warmed_cosine(lr: float, epochs: int, steps_per_epoch: int) -> Float[Tensor, " steps"]:
-    """Learning rates of CoOp's recipe, constant inside an epoch: 1e-5 in epoch 0, then the cosine
-    `lr (1 + cos(pi (e - 1) / epochs)) / 2` of epoch e, which therefore does not quite reach 0.
-    """
+    """Learning rates of CoOp's recipe: 1e-5 in epoch 0, then `lr (1 + cos(pi (e - 1) / epochs)) / 2` in epoch e."""
     epoch = torch.arange(epochs, dtype=torch.float64)
     rates = lr * (1 + torch.cos(math.pi * (epoch - 1) / epochs)) / 2
     rates[0] = 1e-5
@@ -64,71 +65,69 @@ def train_heads(
     zero_shot: Float[Tensor, "V n C"],
     y: Int64[Tensor, " n"],
     weight: Float[Tensor, "B C D"],
-    orders: Int64[Tensor, "epochs m"],
+    orders: Orders,
     *,
     lr: float = 1e-3,
     weight_decay: float = 0.01,
-    lam: float | Sequence[float] = 0.5,
+    lam: float | Sequence[float] = 0.5,  # one number, or one per head, as beta
     beta: float | Sequence[float] = 1.0,
-    u: Float[Tensor, "B V n"] | None = None,
-    standardised: bool = False,
+    u: Float[Tensor, "B V n"] | None = None,  # `u(s0)` of each row, 1 if absent
+    standardised: bool = False,  # z-score the bias logits of each row before both losses (the released code does)
     batch_size: int = 8,
     eps: float = 1e-4,
-    picks: Int64[Tensor, "epochs m"] | None = None,
-    rates: Float[Tensor, " T"] | None = None,
-    watched: Container[int] = (),
-    watch: Callable[[slice, Float[Tensor, "b C D"]], None] | None = None,
+    picks: Orders | None = None,  # view at each place of `orders`; the first if absent
+    rates: Float[Tensor, " T"] | None = None,  # what `lr` is multiplied by at each step; a cosine from 1 if absent
+    watch: Callable[[int, slice, Float[Tensor, "b C D"]], None] | None = None,
 ) -> Heads:
-    """Train B heads with AdamW, a group of them on each of torch's threads; the last, smaller batch is kept.
+    """Train B heads with AdamW, some at a time on each of torch's threads; the last, smaller batch is kept.
 
-    Args:
-        x: unit rows of the support; V > 1 holds augmented views of the same images.
-        weight: start of each head.
-        orders: rows in the order of training, epoch by epoch; an epoch need not hold each row once.
-        lam, beta: one number, or one per head.
-        u: `u(s0)` of each row, 1 if absent.
-        standardised: z-score the bias logits of each row before both losses (the released code does).
-        picks: view at each place of `orders`; the first if absent.
-        rates: what `lr` is multiplied by at each step; a cosine from 1 if absent.
-        watched: steps, counted from 1, after which `watch` gets the slice of the heads in a group and their current
-            weights (a live buffer).
+    V > 1 holds augmented views of the same images. After each epoch `watch` gets its number (from 0), the slice of the
+    heads that are trained together and their current weights (a live buffer).
     """
-    heads, steps = len(weight), len(orders) * math.ceil(orders.shape[1] / batch_size)
+    (heads, classes, _), n = weight.shape, len(y)
     for name, value in (("lam", lam), ("beta", beta)):
         if isinstance(value, Sequence) and len(value) != heads:
             raise ValueError(f"{name} has {len(value)} values for {heads} heads")
-    lams, betas = (torch.as_tensor(value, dtype=x.dtype).expand(heads)[:, None, None] for value in (lam, beta))
-    rows, scores = x.flatten(0, 1), zero_shot.flatten(0, 1)
-    k = betas * (x.new_ones(heads, len(rows), 1) if u is None else u.reshape(heads, -1, 1))
-    places = orders if picks is None else orders + picks * len(y)
-    batches = [batch for epoch in places for batch in epoch.split(batch_size)]
-    scales = lr * (cosine(1.0, steps) if rates is None else rates)
+    lams, betas = (torch.as_tensor(value, dtype=x.dtype).expand(heads)[:, None] for value in (lam, beta))
+    rows, scores, labels = x.flatten(0, 1), zero_shot.flatten(0, 1)[:, None], one_hot(y, classes).to(x.dtype)[:, None]
+    k = (betas * (x.new_ones(heads, len(rows)) if u is None else u.flatten(1))).T[..., None]
+    steps = len(orders) * math.ceil(orders.shape[1] / batch_size)
+    scales = (lr * (cosine(1.0, steps) if rates is None else rates)).tolist()
     trained = Heads(torch.empty_like(weight), torch.empty(heads, steps, 3))
 
     def train(group: slice) -> None:
-        columns = weight[group].mT.contiguous()  # [b D C], the layout in which small products are fastest
-        columns.grad = torch.zeros_like(columns)
+        columns = weight[group].flatten(0, 1).T.contiguous()  # [D, b C]: one product serves all heads of the group
+        columns.grad, weights = torch.zeros_like(columns), columns.T.unflatten(0, (-1, classes))
         optimiser = torch.optim.AdamW([columns], weight_decay=weight_decay, eps=eps, fused=True)
-        for step, (batch, rate) in enumerate(zip(batches, scales.tolist(), strict=True)):
-            seen = rows[batch].expand(len(columns), -1, -1)
-            constants = scores[batch], k[group, batch], y[batch % len(y)], lams[group]
-            trained.losses[group, step], gradient = _branches(seen @ columns, *constants, standardised)
-            torch.bmm(seen.mT, gradient, out=columns.grad)
-            optimiser.param_groups[0]["lr"] = rate
-            optimiser.step()
-            if step + 1 in watched:
-                watch(group, columns.mT)
-        trained.weight[group] = columns.mT
+        losses, schedule = [], iter(scales)
+        for epoch, order in enumerate(orders):
+            places = order if picks is None else order + n * picks[epoch]
+            visits = rows[places], scores[places], k[places, group], labels[order]
+            for seen, *constants in zip(*(part.split(batch_size) for part in visits), strict=True):
+                bias = (seen @ columns).unflatten(1, (-1, classes))
+                step_losses, gradient = _branches(bias, *constants, lams[group], standardised)
+                losses.append(step_losses)
+                torch.mm(seen.T, gradient.flatten(1), out=columns.grad)
+                optimiser.param_groups[0]["lr"] = next(schedule)
+                optimiser.step()
+            if watch is not None:
+                watch(epoch, group, weights)
+        auxiliary, fused = torch.stack(losses, -1)
+        trained.weight[group] = weights
+        trained.losses[group] = torch.stack([torch.lerp(auxiliary, fused, lams[group]), fused, auxiliary], -1)
 
-    groups = min(heads, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    groups = min(heads, threads * math.ceil(weight.numel() / (threads * CACHED)))
     in_threads(train, [slice(*edges) for edges in pairwise(heads * i // groups for i in range(groups + 1))])
     return trained
 
 
 def _branches(
-    a: Float[Tensor, "b m C"], s0: Float[Tensor, "m C"], k: Tensor, y: Tensor, lam: Tensor, standardised: bool
-) -> tuple[Float[Tensor, "b 3"], Float[Tensor, "b m C"]]:
-    """Losses and their gradient by the bias logits a. With p = softmax(a), q = softmax(s0 + k a), k = beta u,
+    a: Float[Tensor, "m b C"], s0: Tensor, k: Tensor, labels: Tensor, lam: Tensor, standardised: bool
+) -> tuple[Float[Tensor, "2 b"], Float[Tensor, "m b C"]]:
+    """Auxiliary and fused loss, and the gradient by the bias logits a.
+
+    With p = softmax(a), q = softmax(s0 + k a), k = beta u, and Y the one-hot labels,
 
         d loss / d a = ((1 - lam) (p - Y) + lam k (q - Y)) / m
 
@@ -140,12 +139,10 @@ def _branches(
         std, mean = torch.std_mean(a, dim=-1, keepdim=True)
         std.clamp_min_(1e-4)  # a row of equal logits (zero initialisation) has no direction to be scaled along
         a = (a - mean) / std
-    log_p = torch.stack([a, s0 + k * a]).log_softmax(-1)
-    truth = y.expand(2, len(a), -1)[..., None]
-    auxiliary, fused = -log_p.gather(-1, truth)[..., 0].mean(-1)
-    losses = torch.stack([torch.lerp(auxiliary, fused, lam[:, 0, 0]), fused, auxiliary], -1)
-    p, q = log_p.exp_().scatter_add_(-1, truth, a.new_full((1, 1, 1, 1), -1.0).expand_as(truth))
-    gradient = torch.lerp(p, k * q, lam) / len(y)
+    log_p = torch.stack([a, torch.addcmul(s0, k, a)]).log_softmax(-1)
+    losses = -(log_p * labels).sum(-1).mean(1)
+    p, q = log_p.exp_().sub_(labels)
+    gradient = torch.lerp(p, q.mul_(k), lam).div_(len(a))
     if standardised:
         along = (gradient * a).sum(-1, keepdim=True) / (a.shape[-1] - 1)
         gradient = (gradient - gradient.mean(-1, keepdim=True) - along * a) / std
@@ -155,25 +152,22 @@ def _branches(
 def minimise(
     loss: Callable[[Int64[Tensor, " b"]], Float[Tensor, ""]],
     optimiser: torch.optim.Optimizer,
-    orders: Int64[Tensor, "epochs n"],
+    orders: Orders,
     batch_size: int,
-    rates: Float[Tensor, " T"],
-    *,
-    drop_last: bool = False,
+    rates: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, " T"]:
-    """Minimise `loss(rows of the batch)` by autograd, with the learning rate of each step; the loss of each step.
+    """Losses of all steps while autograd minimises `loss(rows of the batch)`.
 
-    `drop_last` leaves out the smaller batch at the end of an epoch.
+    `rates` are the learning rates of the steps; a cosine from the optimiser's own if absent.
     """
-    end = orders.shape[1] - orders.shape[1] % batch_size if drop_last else orders.shape[1]
-    batches = [batch for epoch in orders for batch in epoch[:end].split(batch_size)]
-    losses = torch.empty(len(rates))
-    for step, (batch, rate) in enumerate(zip(batches, rates.tolist(), strict=True)):
+    batches, losses = [batch for epoch in orders for batch in epoch.split(batch_size)], []
+    rates = cosine(optimiser.defaults["lr"], len(batches)) if rates is None else rates
+    for batch, rate in zip(batches, rates.tolist(), strict=True):
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad()
         value = loss(batch)
         value.backward()
         optimiser.step()
-        losses[step] = value.detach()
-    return losses
+        losses.append(value.detach())
+    return torch.stack(losses)

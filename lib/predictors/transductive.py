@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from lib.predictors.base import Predictor
-from lib.predictors.caches import CHUNK, class_order, class_sums, kernel
+from lib.predictors.caches import CHUNK, class_sums, kernel
 from lib.tasks import LOGIT_SCALE, FewShotTask, Split
-
-GRID = 2**26  # comparisons of a split with the support that a grid search may keep, three numbers each
 
 
 @dataclass(eq=False)
@@ -32,62 +30,44 @@ class MAdapter(Predictor):
     p over the feature's channels, not over classes, and drops rows of the last block of ten; the paper's formula is
     followed (`corrected_dist_rows` of the reference). With delta = 0 this is SuS-X's Tip-X.
 
-    Args:
-        features: of the images' keys; captions need CLIP's own space and always use it.
-        sharpness, gamma, delta: gamma weighs the divergences against the cache, delta in [0, 1] the captions.
-
     Source: CapS-Adapter (arXiv 2405.16591); repository WLuLi/CapS-Adapter, `madapter.py`.
     """
 
     needs_text: ClassVar[bool] = True
     per_batch: ClassVar[bool] = True
-    features: str = "clip"
+    features: str = "clip"  # of the images' keys; captions need CLIP's own space and always use it
     sharpness: float = 5.5
-    gamma: float = 0.5
-    delta: float = 0.3
+    gamma: float = 0.5  # weighs the divergences against the cache
+    delta: float = 0.3  # weighs the captions, in [0, 1]
     temperature: float = 0.5
 
     def fit(self, task: FewShotTask, captions: Float[Tensor, "m D"] | None = None) -> MAdapter:
         self.check(task)
-        order, self.counts_ = class_order(task)
+        order, self.counts_ = task.support.y.argsort(stable=True), task.counts
         self.keys_ = task.support.features(self.features)[order]
         self.captions_ = (task.text[task.support.y] if captions is None else captions)[order]
         self.log_predictions_ = self._log_predictions(task.support)[order]
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        ranges = torch.stack([torch.stack([*a.aminmax(), *kl.aminmax()]) for a, kl in self._chunks(split)])
-        low, kl_low = ranges.amin(0)[[0, 2]]
-        high, kl_high = ranges.amax(0)[[1, 3]]
-        ratio = (high - low) / (kl_high - kl_low).clamp_min(1e-12)
-        parts = []
-        for affinity, kl in self._chunks(split):  # computed again: keeping all of them would need n x m numbers twice
-            rescaled = low + ratio * (kl - kl_low)
-            parts.append(class_sums(kernel(affinity, self.sharpness) - self.gamma * rescaled, self.counts_))
-        return torch.cat(parts)
+        return next(self.logits_grid(split, [{}]))
 
     def logits_grid(self, split: Split, settings: Sequence[Mapping[str, object]]) -> Iterator[Float[Tensor, "n C"]]:
-        """Logits under each setting; what they share is computed once, where n x m numbers fit thrice."""
-        if len(split) * len(self.keys_) > GRID:
-            yield from super().logits_grid(split, settings)
-            return
-        images, captions, kl = self._comparisons(split)
-        kl_low, kl_high = kl.aminmax()
-        kl_sums, caches = class_sums(kl, self.counts_), {}
-        for copy in (self.with_params(**setting) for setting in settings):
-            key = copy.sharpness, copy.delta
-            if key not in caches:
-                affinity = torch.lerp(images, captions, copy.delta)
-                caches[key] = class_sums(kernel(affinity, copy.sharpness), self.counts_), *affinity.aminmax()
-            cache_logits, low, high = caches[key]
-            ratio = (high - low) / (kl_high - kl_low).clamp_min(1e-12)
-            yield cache_logits - copy.gamma * (self.counts_ * (low - ratio * kl_low) + ratio * kl_sums)
-
-    def _chunks(self, split: Split) -> Iterator[tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]]:
-        """Affinities and divergences of some rows at a time."""
+        """Logits under each setting from one pass over the split; `rescale` is linear, and so are sums over classes."""
+        copies = [self.with_params(**setting) for setting in settings]
+        divergences, caches = [], {(copy.sharpness, copy.delta): [] for copy in copies}
         for rows in torch.arange(len(split)).split(CHUNK):
             images, captions, kl = self._comparisons(split.rows(rows))
-            yield torch.lerp(images, captions, self.delta), kl
+            divergences.append((class_sums(kl, self.counts_), *kl.aminmax()))
+            for (sharpness, delta), parts in caches.items():
+                affinity = torch.lerp(images, captions, delta)
+                parts.append((class_sums(kernel(affinity, sharpness), self.counts_), *affinity.aminmax()))
+        kl_sums, kl_low, kl_high = _join(divergences)
+        joined = {key: _join(parts) for key, parts in caches.items()}
+        for copy in copies:
+            cache_logits, low, high = joined[copy.sharpness, copy.delta]
+            ratio = (high - low) / (kl_high - kl_low).clamp_min(1e-12)
+            yield cache_logits - copy.gamma * (self.counts_ * (low - ratio * kl_low) + ratio * kl_sums)
 
     def _comparisons(self, split: Split) -> tuple[Float[Tensor, "n m"], Float[Tensor, "n m"], Float[Tensor, "n m"]]:
         """Affinity of each row to the support's images and captions, divergence from its predictions."""
@@ -98,6 +78,12 @@ class MAdapter(Predictor):
 
     def _log_predictions(self, split: Split) -> Float[Tensor, "n C"]:
         return (split.zero_shot / (LOGIT_SCALE * self.temperature)).log_softmax(1)
+
+
+def _join(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, smallest and largest value of all chunks."""
+    rows, low, high = zip(*parts, strict=True)
+    return torch.cat(rows), torch.stack(low).min(), torch.stack(high).max()
 
 
 @dataclass(eq=False)
@@ -115,22 +101,16 @@ class TransCLIP(Predictor):
     pairs neighbours with the wrong z; the formula is followed (`fs_rows_reordered` of the reference). As there, the
     nearest image of every row is taken for itself and left out, which costs support images one true neighbour.
 
-    Args:
-        features: the space of the Gaussians and the neighbours; the prior is always CLIP's `s0`.
-        gamma: weight of the support; the authors choose among 0.002, 0.01, 0.02 and 0.2.
-        lam: power of the prior; None is the authors' 0.5, and 1 without the support.
-        use_support: False is the authors' zero-shot variant; its means start at each class's 8 most confident images.
-
     Source: TransCLIP (arXiv 2406.01837), eq. 5-8; repository MaxZanella/transduction-for-vlms.
     """
 
     needs_text: ClassVar[bool] = True
     per_batch: ClassVar[bool] = True
-    features: str = "clip"
-    gamma: float = 0.02
-    lam: float | None = None
+    features: str = "clip"  # the space of the Gaussians and the neighbours; the prior is always CLIP's `s0`
+    gamma: float = 0.02  # weight of the support; the authors choose among 0.002, 0.01, 0.02 and 0.2
+    lam: float | None = None  # power of the prior; None is the authors' 0.5, and 1 without the support
     neighbours: int = 3
-    use_support: bool = True
+    use_support: bool = True  # False: the zero-shot variant; means start at each class's 8 most confident images
 
     def fit(self, task: FewShotTask) -> TransCLIP:
         self.check(task)
@@ -166,7 +146,9 @@ class TransCLIP(Predictor):
     def _graph(self, x: Float[Tensor, "n D"]) -> tuple[Tensor, Float[Tensor, "n C"]]:
         """w_ij + w_ji between images of the split, sparse, and the sum over the support of w_ji z_j of each image."""
         n, rows = len(x), torch.cat([x, self.support_])
-        index, cosine = self._neighbours(rows, x)
+        nearest = [(part @ x.T).topk(min(self.neighbours + 1, n)) for part in rows.split(1024)]
+        # without the very nearest
+        cosine, index = (torch.cat(parts)[:, 1:] for parts in zip(*nearest, strict=True))
         i, j = torch.arange(n).repeat_interleave(index.shape[1]), index[:n].flatten()
         edges, weights = torch.stack([torch.cat([i, j]), torch.cat([j, i])]), cosine[:n].flatten().repeat(2)
         graph = torch.sparse_coo_tensor(edges, weights, (n, n), check_invariants=True).coalesce()
@@ -174,14 +156,6 @@ class TransCLIP(Predictor):
         for k in range(index.shape[1]):
             from_support.index_add_(0, index[n:, k], cosine[n:, k, None] * self.one_hot_)
         return graph, from_support
-
-    def _neighbours(
-        self, rows: Float[Tensor, "m D"], x: Float[Tensor, "n D"]
-    ) -> tuple[Int64[Tensor, "m k"], Float[Tensor, "m k"]]:
-        """Nearest images of the split for each row, without the very nearest, and their cosines."""
-        count = min(self.neighbours + 1, len(x))
-        nearest = [(part @ x.T).topk(count) for part in rows.split(1024)]
-        return torch.cat([top.indices for top in nearest])[:, 1:], torch.cat([top.values for top in nearest])[:, 1:]
 
     def _initial_means(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> Float[Tensor, "C D"]:
         if self.use_support:
