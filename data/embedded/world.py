@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import draw as drawing
+import others
 from draw import CORRUPTIONS, IMAGE_SIZE
 
 SHAPES, NOVEL_SHAPES = drawing.SHAPES[:12], drawing.SHAPES[12:]
@@ -169,10 +170,14 @@ CAPTION_RATES = {"colour": 0.4, "texture": 0.2, "background": 0.15}  # how often
 _PURPOSES = ("captioned", "unlabelled", "labelled", "pairs")
 
 
-def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images and factors of the pretraining stream; -1 where a factor does not apply."""
+def _check_stream(n: int, seed: int) -> None:
     if n < 1 or seed < 0:
         raise ValueError(f"a stream has at least 1 image and a seed of 0 or more, not n={n}, seed={seed}")
+
+
+def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Images and factors of the pretraining stream; -1 where a factor does not apply."""
+    _check_stream(n, seed)
     rng = np.random.default_rng([_PRETRAINING, _PURPOSES.index(purpose), seed])
     which = rng.random(n)
     digit, sketch = which < DIGIT_SHARE, which > 1 - SKETCH_SHARE
@@ -256,3 +261,21 @@ def render_labelled(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], dict
     """
     images, factors = _stream(n, seed, "labelled")
     return torch.from_numpy(images), _tensors(factors)
+
+
+def render_others(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], Int64[Tensor, " n"]]:
+    """Images of shapes and textures that no evaluated class has, with their 128 classes: a texture and a shape each.
+
+    Raises:
+        ValueError: `n` below 1 or `seed` below 0.
+    """
+    _check_stream(n, seed)
+    rng = np.random.default_rng([_PRETRAINING, len(_PURPOSES) + 1, seed])  # one more is the drawings of pairs
+    factors = {
+        "shape": rng.integers(len(others.SHAPES), size=n),
+        "texture": rng.integers(len(others.TEXTURES), size=n),
+        **_colours(rng, n),
+    }
+    images = drawing.draw_shapes(rng, factors, drawing.PHOTO, others.KINDS)
+    labels = factors["texture"] * len(others.SHAPES) + factors["shape"]
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
