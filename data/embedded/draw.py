@@ -1,4 +1,4 @@
-"""Draw the embedded world: scenes of textured shapes and printed digits, and what spoils them.
+"""Draw the embedded world: scenes of textured shapes and printed digits, and their corruptions.
 
 A scene is factors (numpy arrays of indices: shape, texture, colour, background, digit), a `Style` and a numpy
 Generator; out come uint8 images [n, 3, 48, 48]. `world` decides which scenes there are.
@@ -40,7 +40,7 @@ class Kinds(NamedTuple):
 
 
 class Style(NamedTuple):
-    """How a scene is drawn; lengths are shares of the frame, angles in radians, grey levels in 0..1."""
+    """How a scene is drawn; lengths are fractions of the frame, angles in radians, grey levels in 0..1."""
 
     rotation: float = 0.5
     size: tuple[float, float] = (0.6, 0.95)
@@ -209,8 +209,8 @@ def _backdrop(rng: np.random.Generator, background: np.ndarray, style: Style) ->
 def _finish(rng: np.random.Generator, images: np.ndarray, style: Style) -> np.ndarray:
     """Light from a side, a bar across the object in some images, noise; then bytes."""
     n = len(images)
-    slope = _between(rng, -0.2, 0.2, 2, n, 1, 1, 1)
-    images = images * (1 + slope[0] * _AXIS[:, None] + slope[1] * _AXIS[None, :])
+    light = _between(rng, -0.2, 0.2, 2, n, 1, 1, 1)
+    images = images * (1 + light[0] * _AXIS[:, None] + light[1] * _AXIS[None, :])
     angle, offset = _between(rng, 0, 3.14159, n, 1, 1), _between(rng, -0.7, 0.7, n, 1, 1)
     width = np.where(rng.random((n, 1, 1)) < style.occluded, _between(rng, 0.05, 0.16, n, 1, 1), -9)
     across = np.abs(np.cos(angle) * _AXIS[None, None, :] + np.sin(angle) * _AXIS[None, :, None] - offset)
@@ -318,7 +318,7 @@ def _digits(rng: np.random.Generator, factors: dict[str, np.ndarray]) -> np.ndar
     return np.where(rng.random((n, 1, 1, 1)) < 1 / 3, dark, images)
 
 
-# ---- corruptions
+# ---- corruptions ----------------------------------------------------------------------------------
 
 
 def corrupt(rng: np.random.Generator, images: np.ndarray, kind: np.ndarray, severity: int) -> np.ndarray:

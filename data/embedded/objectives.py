@@ -1,11 +1,13 @@
-"""How an encoder learns without an evaluation image: augmentations, objectives, and one short loop."""
+"""How an encoder learns without an evaluation image: augmentations, losses, one short loop, three trainings."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
+from open_clip import ClipLoss
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +19,7 @@ MEAN, STD = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # open_clip's defaults, use
 
 
 class Augmentation(NamedTuple):
-    """How far an image is changed: the smallest share of a side that a crop keeps, and whether half are mirrored."""
+    """How far an image is changed: the smallest fraction of a side that a crop keeps, and whether half are mirrored."""
 
     crop: float
     flip: bool = False
@@ -77,48 +79,24 @@ def vicreg_loss(
     return total
 
 
-def patches(images: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n tokens pixels"]:
-    """Cut images into squares of `size` pixels, each standardised by its own mean and deviation.
+class VICReg(nn.Module):
+    """`vicreg_loss` as a module without parameters."""
 
-    Raises:
-        ValueError: `size` does not divide the sides of the images.
-    """
-    height, width = images.shape[2:]
-    if height % size or width % size:
-        raise ValueError(f"patches of {size} pixels do not tile images of {height} x {width}")
-    cut = F.unfold(images, size, stride=size).transpose(1, 2)
-    return (cut - cut.mean(-1, keepdim=True)) / (cut.var(-1, keepdim=True) + 1e-4).sqrt()
+    def forward(self, a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+        return vicreg_loss(a, b)
 
 
-class MaskedAutoencoder(nn.Module):
-    """A light decoder on timm's vision transformer (He et al. 2022): hide patches, predict their pixels."""
+class InfoNCE(nn.Module):
+    """Cross-entropy of t cos(a_i, b_j) over rows and over columns (van den Oord et al. 2018), t learned from 10."""
 
-    def __init__(self, encoder: nn.Module, width: int = 64, hidden: float = 0.7):
+    def __init__(self):
         super().__init__()
-        self.encoder, self.hidden = encoder, hidden
-        tokens, patch = encoder.patch_embed.num_patches, encoder.patch_embed.patch_size[0]
-        self.enter = nn.Linear(encoder.embed_dim, width)
-        self.missing = nn.Parameter(torch.zeros(width))
-        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
-        self.decoder = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch**2))
+        self.scale = nn.Parameter(torch.tensor(10.0).log())
 
-    def loss(self, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Float[Tensor, ""]:
-        """Mean squared error over the hidden patches."""
-        encoder, n = self.encoder, len(images)
-        tokens = encoder.patch_embed(images) + encoder.pos_embed[:, encoder.num_prefix_tokens :]
-        count = tokens.shape[1]
-        kept = count - round(self.hidden * count)
-        order = torch.rand(n, count, generator=generator).argsort(1)
-        rows = torch.arange(n)[:, None]
-        prefix = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(n, -1, -1)
-        seen = encoder.norm(encoder.blocks(torch.cat([prefix, tokens[rows, order[:, :kept]]], 1)))[:, 1:]
-        full = self.missing.expand(n, count, -1).clone()
-        full[rows, order[:, :kept]] = self.enter(seen)
-        guess = self.leave(self.decoder(full + self.places))
-        target = patches(images, encoder.patch_embed.patch_size[0])
-        away = order[:, kept:]
-        return F.mse_loss(guess[rows, away], target[rows, away])
+    def forward(self, a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+        logits = self.scale.exp().clamp(max=100) * F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+        same = torch.arange(len(logits))
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -133,10 +111,17 @@ class Schedule(NamedTuple):
     decay: float = 0.05
 
 
+Watch = Callable[[list[float]], None]  # called after every step with the losses so far
+
+
+def silent(curve: list[float]) -> None:
+    """A watch that does nothing."""
+
+
 def optimise(
-    modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, show: bool = False
+    modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, watch: Watch = silent
 ) -> list[float]:
-    """Minimise `loss(step)` over the parameters of `modules`; the curve of its values comes back.
+    """Minimise `loss(step)` over the parameters of `modules`; its values come back.
 
     Raises:
         ValueError: a loss that is not finite, naming the step.
@@ -160,8 +145,7 @@ def optimise(
         nn.utils.clip_grad_norm_(parameters, 5.0)
         optimiser.step()
         curve.append(value.item())
-        if show and (step % 50 == 0 or step == schedule.steps - 1):
-            print(f"step {step:5d}  loss {sum(curve[-50:]) / len(curve[-50:]):.3f}", flush=True)
+        watch(curve)
     return curve
 
 
@@ -177,3 +161,112 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build().to(memory_format=torch.channels_last)
+
+
+# ---- three trainings: the model is trained in place, the loss of every step comes back -------------------------
+
+
+def train_clip(
+    model: nn.Module,
+    images: UInt8[Tensor, "n 3 48 48"],
+    tokens: Int64[Tensor, "m length"],
+    schedule: Schedule,
+    seed: int,
+    watch: Watch = silent,
+) -> list[float]:
+    """Contrastive training with open_clip's ClipLoss, in place; returns the loss of every step.
+
+    Embeddings of tokens that no caption uses become zero: they would stay random, and zeros pack well.
+
+    Raises:
+        ValueError: `images` and `tokens` differ in number.
+    """
+    if len(images) != len(tokens):
+        raise ValueError(f"{len(images)} images come with {len(tokens)} captions")
+    generator = torch.Generator().manual_seed(seed)
+    used = torch.zeros(model.vocab_size, dtype=torch.bool)
+    used[tokens.unique()] = True
+    with torch.no_grad():
+        model.token_embedding.weight[~used] = 0
+    rows, contrast = batches(len(images), schedule, generator), ClipLoss()
+
+    def loss(step: int) -> Tensor:
+        views = augment(images[rows[step]], LIGHT, generator)
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        return contrast(*model(views, tokens[rows[step]]))
+
+    model.train()
+    curve = optimise([model], loss, schedule, watch)
+    model.eval()
+    return curve
+
+
+def train_pairs(
+    model: nn.Module,
+    pictures: UInt8[Tensor, "n 3 48 48"],
+    drawings: UInt8[Tensor, "n 3 48 48"],
+    objective: nn.Module,
+    dim: int,
+    schedule: Schedule,
+    seed: int,
+    watch: Watch = silent,
+) -> list[float]:
+    """Agreement of `dim` projections of a picture and of a drawing of the same thing, by `objective`.
+
+    Each kind of image has a branch of its own, as VICReg allows (Bardes et al. 2022, section 4.3). Drawings are shrunk to
+    half their side, which costs a quarter; their branch and the projectors are discarded.
+    """
+    generator, width = torch.Generator().manual_seed(seed), 256
+    other = copy.deepcopy(model)
+    projectors = seeded(
+        lambda: nn.ModuleList(
+            nn.Sequential(nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
+            for _ in range(2)
+        ),
+        seed,
+    )
+    rows = batches(len(pictures), schedule, generator)
+
+    def loss(step: int) -> Tensor:
+        picture, drawing = (augment(kind[rows[step]], FLIPPED, generator) for kind in (pictures, drawings))
+        return objective(projectors[0](model(picture)), projectors[1](other(F.avg_pool2d(drawing, 2))))
+
+    for module in (model, other):
+        module.train()
+    curve = optimise([model, projectors, other, objective], loss, schedule, watch)
+    model.eval()
+    return curve
+
+
+def train_supervised(
+    model: nn.Module,
+    images: UInt8[Tensor, "n 3 48 48"],
+    labels: Int64[Tensor, "m factors"],
+    schedule: Schedule,
+    seed: int,
+    watch: Watch = silent,
+) -> list[float]:
+    """Cross-entropy, summed over one linear classifier for each column of `labels`; they are discarded.
+
+    Raises:
+        ValueError: `images` and `labels` differ in number, or a label is negative.
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images come with {len(labels)} rows of labels")
+    if labels.min() < 0:
+        raise ValueError(f"labels start at 0, the smallest here is {labels.min().item()}")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (labels.max(0).values + 1).tolist()
+    head = seeded(lambda: nn.Linear(model.num_features, sum(sizes)), seed)
+    rows = batches(len(images), schedule, generator)
+
+    def loss(step: int) -> Tensor:
+        views = augment(images[rows[step]], FLIPPED, generator)
+        logits = head(model(views)).split(sizes, 1)
+        return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels[rows[step]].T, strict=True))
+
+    model.train()
+    curve = optimise([model, head], loss, schedule, watch)
+    model.eval()
+    return curve

@@ -1,87 +1,107 @@
-"""Make the embedded encoders: recipes, training, and weights on disk; notebook 90 calls these.
+"""Train the embedded encoders, measure them and write their card: python data/embedded/train.py
 
-Every encoder is trained on the pretraining streams of `world` alone and sees no evaluation image. The
-architectures are open_clip's and timm's own, so that the weights load through those libraries.
+    python data/embedded/train.py                       all six, about an hour on two shared cores
+    python data/embedded/train.py clip vicreg           these; the others stay as they are
+    python data/embedded/train.py texture --steps 2 --images 64 --folder trial
+    python data/embedded/train.py --measure             measure the weights that are there again
+    python data/embedded/train.py --card                README.md from index.json alone
+
+Every encoder is trained on the pretraining streams of `world` alone and sees no evaluation image. The architectures are
+open_clip's and timm's own, so that the weights load through those libraries. Weights are stored as float16; index.json
+says of each encoder how it is loaded, how it came about and what it does, and is written in one step.
 """
 
+import argparse
 import copy
 import hashlib
 import json
-import math
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
-import timm
-import torch
-from jaxtyping import Float, Int64, UInt8
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parents[1]), str(FOLDER)]
 
-import world
-from objectives import (
-    FLIPPED,
-    LIGHT,
-    MEAN,
-    STD,
-    MaskedAutoencoder,
-    Schedule,
-    augment,
-    batches,
-    normalise,
-    optimise,
-    seeded,
-    vicreg_loss,
-)
+import objectives  # noqa: E402
+import open_clip  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+import world  # noqa: E402
+from card import card  # noqa: E402
+from jaxtyping import Float, Int64, UInt8  # noqa: E402
+from objectives import MEAN, STD, Schedule, seeded  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
+from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.preprocessing import StandardScaler  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from lib import methods, metrics, runs, tasks  # noqa: E402
+from lib.files import replace_file  # noqa: E402
 
 CLIP_NAME = "embedded-clip"  # the name of the open_clip configuration
-CLIP_CONFIG = Path(__file__).resolve().parent / f"{CLIP_NAME}.json"
-VIT = {
-    "img_size": 48,
-    "patch_size": 6,
-    "embed_dim": 128,
-    "depth": 4,
-    "num_heads": 4,
-    "global_pool": "avg",
-    "fc_norm": False,
-}
-
-
+CLIP_CONFIG = FOLDER / f"{CLIP_NAME}.json"
 class Recipe(NamedTuple):
     """How an embedded encoder is made: its name in timm (or open_clip) and settings, what it is trained for and on."""
 
     architecture: str
     settings: dict[str, int | bool | str]
     objective: str
+    seen: str
     schedule: Schedule
     images: int
 
 
 class Trained(NamedTuple):
-    """A trained encoder in evaluation mode, the loss of every step, and the seconds it all took."""
+    """A trained encoder in evaluation mode, the loss of every step, seconds, and what else its index entry says."""
 
     model: nn.Module
     curve: list[float]
     seconds: float
+    facts: dict[str, object]
 
 
+NET = "test_byobnet"
+PAIRS = "pairs of a picture and a drawing that share shape and texture, hence the class, or a printed digit; no label"
 RECIPES = {
-    "clip": Recipe(CLIP_NAME, {}, "contrastive loss on captioned images", Schedule(2000, rate=3e-3), 60_000),
-    "vicreg": Recipe(
-        "test_byobnet",
+    "clip": Recipe(
+        CLIP_NAME,
         {},
-        "VICReg between pictures and line drawings of the same things",
+        "contrastive loss on captioned images",
+        "captions that name the shape always and the texture in a fifth; printed digits",
+        Schedule(2000, rate=3e-3),
+        60_000,
+    ),
+    "other-classes": Recipe(
+        NET,
+        {},
+        "cross-entropy on 128 classes of other shapes and textures",
+        "labels of classes that share no shape and no texture with an evaluated class; no digit",
         Schedule(900, rate=3e-3),
+        60_000,
+    ),
+    "infonce": Recipe(
+        NET, {}, "InfoNCE between pictures and line drawings", PAIRS, Schedule(3000, batch=128, rate=3e-3), 60_000
+    ),
+    "vicreg": Recipe(
+        NET, {}, "VICReg between pictures and line drawings", PAIRS, Schedule(1750, batch=128, rate=3e-3), 60_000
+    ),
+    "texture": Recipe(
+        NET,
+        {},
+        "cross-entropy on the texture",
+        "one factor's labels, textures of the evaluated classes among them: the exception; no digit",
+        Schedule(400),
         40_000,
     ),
-    "mae": Recipe("vit_tiny_patch16_224", VIT, "masked autoencoding of unlabelled images", Schedule(500), 40_000),
-    "supervised": Recipe("test_byobnet", {}, "cross-entropy on the texture", Schedule(400), 40_000),
-    "supervised-colour": Recipe("test_byobnet", {}, "cross-entropy on both colours", Schedule(200), 40_000),
-    "random": Recipe("test_byobnet", {}, "none: random weights", Schedule(0), 1),
+    "random": Recipe(NET, {}, "none: random weights", "nothing", Schedule(0), 1),
 }
+OBJECTIVES = {"infonce": (objectives.InfoNCE, 128), "vicreg": (objectives.VICReg, 64)}  # and dimensions to compare
+CHECKPOINTS = 6  # of a training, at which the validation curve is measured
 
 
 # ---- encoders ----------------------------------------------------------------------------------------------
@@ -106,140 +126,21 @@ def encoder(name: str, seed: int) -> nn.Module:
     return seeded(lambda: timm.create_model(recipe.architecture, num_classes=0, **recipe.settings), seed)
 
 
-def train_clip(
-    model: nn.Module,
-    images: UInt8[Tensor, "n 3 48 48"],
-    captions: list[str],
-    schedule: Schedule,
-    seed: int,
-    show: bool = False,
-) -> list[float]:
-    """Contrastive training with open_clip's tokenizer and ClipLoss; the model is trained in place.
-
-    Embeddings of tokens that no caption uses become zero: they would stay random, and zeros pack well.
-
-    Raises:
-        ValueError: `images` and `captions` differ in number.
-    """
-    if len(images) != len(captions):
-        raise ValueError(f"{len(images)} images come with {len(captions)} captions")
-    generator = torch.Generator().manual_seed(seed)
-    tokens = open_clip.get_tokenizer(CLIP_NAME)(captions)
-    used = torch.zeros(model.vocab_size, dtype=torch.bool)
-    used[tokens.unique()] = True
-    with torch.no_grad():
-        model.token_embedding.weight[~used] = 0
-    rows, contrast = batches(len(images), schedule, generator), open_clip.ClipLoss()
-
-    def loss(step: int) -> Tensor:
-        views = augment(images[rows[step]], LIGHT, generator)
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        return contrast(*model(views, tokens[rows[step]]))
-
-    model.train()
-    curve = optimise([model], loss, schedule, show)
-    model.eval()
-    return curve
+def build(name: str, seed: int) -> nn.Module:
+    """The untrained encoder of that name."""
+    return clip_model(seed) if name == "clip" else encoder(name, seed)
 
 
-def train_vicreg(
-    model: nn.Module,
-    pictures: UInt8[Tensor, "n 3 48 48"],
-    drawings: UInt8[Tensor, "n 3 48 48"],
-    schedule: Schedule,
-    seed: int,
-    show: bool = False,
-) -> list[float]:
-    """VICReg between a picture and a drawing of the same thing; the branch for drawings and the projectors go.
-
-    Each kind of image has a branch of its own, as VICReg allows (Bardes et al. 2022, section 4.3).
-    """
-    generator, width = torch.Generator().manual_seed(seed), 256
-    other = copy.deepcopy(model)
-    projectors = seeded(
-        lambda: nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
-            )
-            for _ in range(2)
-        ),
-        seed,
-    )
-    rows = batches(len(pictures), schedule, generator)
-
-    def loss(step: int) -> Tensor:
-        views = [augment(kind[rows[step]], FLIPPED, generator) for kind in (pictures, drawings)]
-        return vicreg_loss(projectors[0](model(views[0])), projectors[1](other(views[1])))
-
-    for module in (model, other):
-        module.train()
-    curve = optimise([model, other, projectors], loss, schedule, show)
-    model.eval()
-    return curve
-
-
-def train_mae(
-    model: nn.Module, images: UInt8[Tensor, "n 3 48 48"], schedule: Schedule, seed: int, show: bool = False
-) -> list[float]:
-    """Masked autoencoding; the decoder is thrown away."""
-    generator = torch.Generator().manual_seed(seed)
-    autoencoder = seeded(lambda: MaskedAutoencoder(model), seed)
-    rows = batches(len(images), schedule, generator)
-
-    def loss(step: int) -> Tensor:
-        return autoencoder.loss(augment(images[rows[step]], FLIPPED, generator), generator)
-
-    model.train()
-    curve = optimise([autoencoder], loss, schedule, show)
-    model.eval()
-    return curve
-
-
-def train_supervised(
-    model: nn.Module,
-    images: UInt8[Tensor, "n 3 48 48"],
-    labels: Int64[Tensor, "m factors"],
-    schedule: Schedule,
-    seed: int,
-    show: bool = False,
-) -> list[float]:
-    """Cross-entropy, summed over one linear classifier for each column of `labels`; they are thrown away.
-
-    Raises:
-        ValueError: `images` and `labels` differ in number, or a label is negative.
-    """
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images come with {len(labels)} rows of labels")
-    if labels.min() < 0:
-        raise ValueError(f"labels start at 0, the smallest here is {labels.min().item()}")
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (labels.max(0).values + 1).tolist()
-    head = seeded(lambda: nn.Linear(model.num_features, sum(sizes)), seed)
-    rows = batches(len(images), schedule, generator)
-
-    def loss(step: int) -> Tensor:
-        views = augment(images[rows[step]], FLIPPED, generator)
-        logits = head(model(views)).split(sizes, 1)
-        return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels[rows[step]].T, strict=True))
-
-    model.train()
-    curve = optimise([model, head], loss, schedule, show)
-    model.eval()
-    return curve
-
-
-def select(names: str) -> tuple[str, ...]:
-    """Encoders named in one string, joined by +; `all` is every recipe.
+def select(names: Sequence[str]) -> tuple[str, ...]:
+    """Encoders to train, in the order of RECIPES; all where none is named.
 
     Raises:
         ValueError: a name without a recipe.
     """
-    chosen = tuple(RECIPES) if names == "all" else tuple(names.split("+"))
-    unknown = [name for name in chosen if name not in RECIPES]
+    unknown = [name for name in names if name not in RECIPES]
     if unknown:
         raise ValueError(f"no recipe for {', '.join(unknown)}; there are {', '.join(RECIPES)}")
-    return chosen
+    return tuple(name for name in RECIPES if name in (names or RECIPES))
 
 
 def plan(name: str, steps: int = 0, images: int = 0) -> Recipe:
@@ -259,36 +160,42 @@ def plan(name: str, steps: int = 0, images: int = 0) -> Recipe:
     return recipe._replace(schedule=schedule, images=images)
 
 
-def train(name: str, recipe: Recipe, seed: int, show: bool = False) -> Trained:
-    """Build an encoder, render its own images, train it by its own objective."""
-    started, schedule, images = time.monotonic(), recipe.schedule, recipe.images
-    model = clip_model(seed) if name == "clip" else encoder(name, seed)
-    if name == "random":
-        curve = []
-    elif name == "clip":
-        curve = train_clip(model, *world.render_captioned(images, seed), schedule, seed, show)
-    elif name == "vicreg":
-        curve = train_vicreg(model, *world.render_pairs(images, seed), schedule, seed, show)
-    elif name == "mae":
-        curve = train_mae(model, world.render_unlabelled(images, seed), schedule, seed, show)
-    else:
-        curve = train_supervised(model, *labelled(name, images, seed), schedule, seed, show)
-    return Trained(model.eval(), curve, time.monotonic() - started)
+def train(name: str, recipe: Recipe, seed: int, watch: objectives.Watch = objectives.silent) -> Trained:
+    """A trained encoder: built, and trained by its own objective on images of its own."""
+    return train_model(build(name, seed), name, recipe, seed, watch)
 
 
-def labelled(name: str, images: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], Int64[Tensor, "n factors"]]:
-    """The images and label columns of a supervised encoder: texture alone, or object and background colour."""
+def train_model(model: nn.Module, name: str, recipe: Recipe, seed: int, watch: objectives.Watch) -> Trained:
+    """The same for a model that is already built, and which `watch` may look at while it learns."""
+    started, images, curve, facts = time.monotonic(), recipe.images, [], {}
+    options = (recipe.schedule, seed, watch)
+    if name == "clip":
+        pictures, captions = world.render_captioned(images, seed)
+        curve = objectives.train_clip(model, pictures, open_clip.get_tokenizer(CLIP_NAME)(captions), *options)
+        facts = {"captions": caption_rates(captions), "logit_scale": model.logit_scale.exp().item()}
+    elif name in OBJECTIVES:
+        objective, dim = OBJECTIVES[name]
+        curve = objectives.train_pairs(model, *world.render_pairs(images, seed), objective(), dim, *options)
+    elif name != "random":
+        curve = objectives.train_supervised(model, *labelled(name, images, seed), *options)
+    return Trained(model.eval(), curve, time.monotonic() - started, facts)
+
+
+def labelled(name: str, images: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], Int64[Tensor, "n 1"]]:
+    """Images and labels of a supervised encoder: textures, or classes of other shapes and textures."""
+    if name == "other-classes":
+        drawn, labels = world.render_others(images, seed)
+        return drawn, labels[:, None]
     drawn, factors = world.render_labelled(images, seed)
-    columns = ["texture"] if name == "supervised" else ["colour", "background"]
-    rows = (factors["texture"] >= 0) & (factors["sketch"] == 0)  # digits have no texture, sketches no colour
-    return drawn[rows], torch.stack([factors[column][rows] for column in columns], 1)
+    rows = (factors["texture"] >= 0) & (factors["sketch"] == 0)  # digits have no texture
+    return drawn[rows], factors["texture"][rows, None]
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------
 
 
 def save_encoder(model: nn.Module, path: Path) -> str:
-    """Write the weights and return their sha256: matrices and kernels as float16, vectors and counts as they are."""
+    """Write the weights, matrices and kernels as float16, vectors and counts as they are; their sha256."""
     state = {name: value.half() if value.ndim > 1 and value.is_floating_point() else value
              for name, value in model.state_dict().items()}  # fmt: skip
     save_file({name: value.contiguous() for name, value in state.items()}, path)
@@ -302,12 +209,12 @@ def restored(model: nn.Module, path: Path) -> nn.Module:
     return model.eval()
 
 
-def index_entry(name: str, trained: Trained, path: Path, sha256: str, recipe: Recipe, seed: int) -> dict[str, object]:
-    """What index.json says of an encoder: how to load it, and how it came about."""
+def index_entry(name: str, trained: Trained, path: Path, recipe: Recipe, seed: int) -> dict[str, object]:
+    """What index.json says of an encoder: how it is loaded, and how it came about."""
     clip, schedule = name == "clip", recipe.schedule
     return {
         "file": path.name,
-        "sha256": sha256,
+        "sha256": save_encoder(trained.model, path),
         "bytes": path.stat().st_size,
         "kind": "open_clip" if clip else "timm",
         "architecture": recipe.architecture,
@@ -317,42 +224,54 @@ def index_entry(name: str, trained: Trained, path: Path, sha256: str, recipe: Re
         "std": STD,
         "feature_dim": trained.model.text_projection.shape[1] if clip else trained.model.num_features,
         "objective": recipe.objective,
+        "seen": recipe.seen,
         "images": recipe.images,
         "steps": schedule.steps,
         "batch": schedule.batch,
         "learning_rate": schedule.rate,
         "seed": seed,
         "seconds": round(trained.seconds),
-        "loss": ends(trained.curve),
+        "commit": runs.commit()[:7],
+        "curve": curve_points(trained.curve),
+        **trained.facts,
     }
 
 
-def ends(curve: Sequence[float]) -> tuple[float, float] | None:
-    """Mean loss over the first and over the last twentieth of the steps; None without steps."""
-    part = max(1, len(curve) // 20)
-    return (sum(curve[:part]) / part, sum(curve[-part:]) / part) if curve else None
+def curve_points(curve: Sequence[float]) -> dict[str, float]:
+    """Mean loss around nine steps from the first to the last, by step."""
+    each, around = len(curve) // 8, len(curve) // 80
+    steps = sorted({min(place * each, len(curve) - 1) for place in range(9)}) if curve else []
+    parts = {step: curve[max(0, step - around) : step + around + 1] for step in steps}
+    return {str(step): round(sum(part) / len(part), 3) for step, part in parts.items()}
 
 
-def shipped() -> dict[str, dict[str, object]]:
-    """The index of the weights that come with the workbook; empty where there are none."""
-    path = CLIP_CONFIG.with_name("index.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+def read_index(folder: Path) -> dict[str, dict]:
+    """index.json of a folder; empty where there is none."""
+    path = folder / "index.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_index(entries: dict[str, dict[str, object]], folder: Path) -> None:
-    """Write `folder`/index.json in one step; encoders that are there and were not trained again stay in it."""
-    path, temporary = folder / "index.json", folder / "index.json.part"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    merged = {name: (known | entries)[name] for name in RECIPES if name in known | entries}
-    temporary.write_text(json.dumps(merged, indent=2) + "\n")
-    temporary.replace(path)
+def write_index(entries: dict[str, dict], folder: Path) -> None:
+    """Write index.json in one step, then the card; encoders that were not trained again stay in it."""
+    merged = read_index(folder) | entries
+    text = json.dumps({name: merged[name] for name in RECIPES if name in merged}, indent=2) + "\n"
+    replace_file(folder / "index.json", lambda stream: stream.write(text.encode()))
+
+
+def write_card(folder: Path) -> None:
+    """Write README.md, which says nothing that is not in index.json or a constant."""
+    text = card(read_index(folder))
+    replace_file(folder / "README.md", lambda stream: stream.write(text.encode()))
+
+
+# ---- measurements ------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def encode(model: nn.Module, images: UInt8[Tensor, "n 3 48 48"], batch: int = 256) -> Float[Tensor, "n d"]:
     """Image features in the encoder's own scale."""
-    look = getattr(model, "encode_image", model)
-    return torch.cat([look(normalise(part)) for part in images.split(batch)]).float()
+    features = getattr(model, "encode_image", model)
+    return torch.cat([features(objectives.normalise(part)) for part in images.split(batch)]).float()
 
 
 @torch.inference_mode()
@@ -365,28 +284,154 @@ def text_classifier(
     return F.normalize(torch.stack(parts).mean(0), dim=1)
 
 
-def caption_shares(captions: Sequence[str]) -> dict[str, float]:
-    """Which share of captions is about a digit or a sketch, and which share of the others names each factor."""
+def caption_rates(captions: Sequence[str]) -> dict[str, float]:
+    """How often captions are about a digit or a sketch, and how often the others name each factor, in %."""
     words = [caption.strip(".").split() for caption in captions]
     things = [w for w in words if not set(w) & set(world.DIGIT_CLASSNAMES)]
-    drawn = [w for w in things if "sketch" not in w]
-    ahead = [w[: w.index("on")] if "on" in w else w for w in drawn]  # what comes before the background
+    pictures = [w for w in things if "sketch" not in w]
+    ahead = [w[: w.index("on")] if "on" in w else w for w in pictures]  # what comes before the background
     named = {
         "shape": [w[-1] in world.SHAPES for w in ahead],
-        "texture": [not set(w).isdisjoint(world.TEXTURES) for w in ahead],
         "colour": [not set(w).isdisjoint(world.COLOURS) for w in ahead],
-        "background": ["background" in w for w in drawn],
+        "background": ["background" in w for w in pictures],
+        "texture": [not set(w).isdisjoint(world.TEXTURES) for w in ahead],
     }
-    shares = {"digit": 1 - len(things) / len(words), "sketch": (len(things) - len(drawn)) / len(words)}
-    return shares | {name: sum(hits) / max(1, len(hits)) for name, hits in named.items()}
+    rates = {"digit": 1 - len(things) / len(words), "sketch": (len(things) - len(pictures)) / len(words)}
+    rates |= {name: sum(hits) / max(1, len(hits)) for name, hits in named.items()}
+    return {name: round(100 * rate, 1) for name, rate in rates.items()}
 
 
-def right_about(answers: Int64[Tensor, " n"], drawn: world.Rendered) -> dict[str, float]:
-    """Share of answers (indices of CLASSNAMES) that have the class, its shape, its texture right."""
+def correct_about(answers: Int64[Tensor, " n"], rendered: world.Rendered) -> dict[str, float]:
+    """Accuracy in % of answers (indices of CLASSNAMES) about the class, its shape and its texture."""
     texture, shape = answers // len(world.SHAPES), answers % len(world.SHAPES)
-    hits = {
-        "class": answers == drawn.labels,
-        "shape": shape == drawn.attributes["shape"],
-        "texture": texture == drawn.attributes["texture"],
+    correct = {
+        "class": answers == rendered.labels,
+        "shape": shape == rendered.attributes["shape"],
+        "texture": texture == rendered.attributes["texture"],
     }
-    return {name: hit.float().mean().item() for name, hit in hits.items()}
+    return {name: _percent(rows) for name, rows in correct.items()}
+
+
+def measure_clip(clip: nn.Module) -> dict[str, object]:
+    """Zero-shot accuracy in % on every version of the world, on real digits, and in each group of shapes-spurious."""
+    text = text_classifier(clip, world.CLASSNAMES, world.TEMPLATES)
+    sets = [("shapes", "val"), *((version, "test") for version in world.VERSIONS if version != "shapes-novel")]
+    accuracy = {}
+    for version, split in sets:
+        rendered = world.render(version, split)
+        answers = (encode(clip, rendered.images) @ text.T).argmax(1)
+        accuracy[f"{version} {split}" if version == "shapes" else version] = correct_about(answers, rendered)
+    groups = rendered.attributes["group"]  # of shapes-spurious, the last version
+    by_group = [_percent((answers == rendered.labels)[groups == group]) for group in range(4)]
+    text, digits = text_classifier(clip, world.DIGIT_CLASSNAMES, world.DIGIT_TEMPLATES), {}
+    for split in ("val", "test"):
+        rendered = world.digits(split)
+        digits[split] = _percent((encode(clip, rendered.images) @ text.T).argmax(1) == rendered.labels)
+    return {"zero_shot": accuracy, "groups": by_group, "digits": digits}
+
+
+def measure_auxiliary(models: dict[str, nn.Module], clip: nn.Module) -> dict[str, dict[str, float]]:
+    """Accuracy in % with 16 shots of shapes of a probe, the head alone and AMU-Tuning, and the CMY of head and CLIP.
+
+    Support and validation images are the first of their class.
+    """
+    text = text_classifier(clip, world.CLASSNAMES, world.TEMPLATES)
+    rendered = {split: world.render("shapes", split) for split in world.SPLITS}
+    rows = {split: _first_of_class(rendered[split].labels, count) for split, count in (("train", 16), ("val", 4))}
+    rows["test"] = torch.arange(len(rendered["test"].labels))
+    images = {split: rendered[split].images[rows[split]] for split in rows}
+    clip_features = {split: encode(clip, images[split]) for split in rows}
+    measured = {}
+    for name, model in models.items():
+        train, val, test = (
+            {
+                "clip": clip_features[split],
+                "aux": encode(model, images[split]),
+                "y": rendered[split].labels[rows[split]],
+            }
+            for split in rows
+        )
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
+        answers = torch.from_numpy(probe.fit(train["aux"].numpy(), train["y"].numpy()).predict(test["aux"].numpy()))
+        arrays = {"support": train, "val": val, "test": test}
+        task = tasks.FewShotTask.from_arrays(text=text, classnames=world.CLASSNAMES, name=name, **arrays)
+        head, amu = (methods.build(method).fit(task).logits(task.test) for method in ("aux_only", "amu"))
+        zero_shot = task.test.zero_shot
+        correct = [metrics.correct(logits, task.test.y) for logits in (zero_shot, head, amu)]
+        measured[name] = {
+            **{f"probe_{key}": value for key, value in correct_about(answers, rendered["test"]).items()},
+            "head": _percent(correct[1]),
+            "amu": _percent(correct[2]),
+            "gain": round(100 * (correct[2].float().mean() - correct[0].float().mean()).item(), 1),
+            "either": _percent(correct[0] | correct[1]),
+            "cmy": round(metrics.complementarity(zero_shot, head), 2),
+        }
+    return measured
+
+
+def _first_of_class(labels: Int64[Tensor, " n"], count: int) -> Int64[Tensor, " m"]:
+    return labels.argsort(stable=True).reshape(len(labels.unique()), -1)[:, :count].flatten()
+
+
+def _percent(rows: Tensor) -> float:
+    return round(100 * rows.float().mean().item(), 1)
+
+
+def measure(names: Sequence[str], folder: Path) -> None:
+    """Measure stored weights and write what came out to index.json; auxiliary encoders only where a CLIP is."""
+    index = read_index(folder)
+    models = {name: restored(build(name, 0), folder / index[name]["file"]) for name in {*names, "clip"} & set(index)}
+    clip = models.pop("clip", None)
+    if clip is None:
+        print("no clip in the folder: nothing is measured")
+        return
+    if "clip" in names:
+        write_index({"clip": index["clip"] | measure_clip(clip)}, folder)
+    for name, measured in measure_auxiliary({name: models[name] for name in names if name in models}, clip).items():
+        write_index({name: index[name] | {"measured": measured}}, folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train the embedded encoders, measure them and write their card.")
+    parser.add_argument("encoders", nargs="*", help=f"default: all of {', '.join(RECIPES)}")
+    parser.add_argument("--steps", type=int, default=0, help="0: as many as the recipe says")
+    parser.add_argument("--images", type=int, default=0, help="0: as many as the recipe says")
+    parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the weights, index.json and README.md")
+    parser.add_argument("--measure", action="store_true", help="train nothing, measure the weights that are there")
+    parser.add_argument("--card", action="store_true", help="write README.md from index.json, nothing else")
+    options = parser.parse_args(arguments)
+    folder = options.folder.resolve()
+    try:
+        names = select(options.encoders)
+        plans = {name: plan(name, options.steps, options.images) for name in names}
+    except ValueError as error:
+        parser.error(str(error))
+    if folder == FOLDER and (options.steps or options.images):
+        parser.error("a trial does not replace the weights that ship; name another --folder")
+    torch.set_num_threads(options.threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not options.card and not options.measure:
+        if folder != FOLDER:
+            shutil.copy(CLIP_CONFIG, folder)
+        for name, recipe in plans.items():
+            print(f"{name}: {recipe.schedule.steps} steps on {recipe.images} images", flush=True)
+            trained = train(name, recipe, options.seed, show=True)
+            path = folder / f"{name}.safetensors"
+            write_index({name: index_entry(name, trained, path, recipe, options.seed)}, folder)
+            back, images = restored(trained.model, path), world.render("shapes", "val").images
+            pair = [encode(model, images) for model in (trained.model, back)]
+            print(
+                f"{name}: stored; the least cosine with the features before is {F.cosine_similarity(*pair).min():.5f}"
+            )
+    if not options.card:
+        measure(names, folder)
+    write_card(folder)
+    size = sum(entry["bytes"] for entry in read_index(folder).values()) / 2**20
+    print(f"{folder}: {size:.1f} MiB of weights, index.json, README.md")
+    return 0 if size <= 16 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,22 +1,21 @@
-"""The embedded image world: textured shapes and digits, rendered from a seed.
+"""The embedded image world: textured shapes and digits, drawn from a seed.
 
 An image shows one coloured, textured shape among clutter; a class is a texture and a shape ("striped star").
-Whatever an evaluation reads comes from `render` and `digits`; whatever an encoder is trained on comes from
-`render_captioned`, `render_unlabelled` and `render_labelled`, whose seeds live in another family.
+Evaluation sets come from `render` and `digits`, which `render.py` writes to files; training images of the encoders come
+from `render_captioned`, `render_labelled`, `render_pairs` and `render_others`, whose seeds are of another family.
 Every pixel follows from an explicit numpy Generator, so the same call gives the same bytes.
 """
 
 from dataclasses import dataclass
 
+import draw as drawing
 import numpy as np
+import others
 import torch
+from draw import CORRUPTIONS, IMAGE_SIZE
 from jaxtyping import Int64, UInt8
 from sklearn.datasets import load_digits
 from torch import Tensor
-
-import draw as drawing
-import others
-from draw import CORRUPTIONS, IMAGE_SIZE
 
 SHAPES, NOVEL_SHAPES = drawing.SHAPES[:12], drawing.SHAPES[12:]
 TEXTURES, NOVEL_TEXTURES = drawing.TEXTURES[:6], drawing.TEXTURES[6:]
@@ -35,7 +34,7 @@ IMAGES_PER_CLASS = {"train": 32, "val": 8, "test": 28}
 VERSIONS = ("shapes", "shapes-v2", "shapes-sketch",
             *(f"shapes-corrupted-{severity}" for severity in range(1, 6)),
             "shapes-novel", "shapes-spurious")  # fmt: skip
-SPURIOUS_AGREEMENT = 0.9  # share of train and val images whose background goes with their texture
+SPURIOUS_AGREEMENT = 0.9  # fraction of train and val images whose background goes with their texture
 
 _SPURIOUS_BACKGROUNDS = (COLOURS.index("green"), COLOURS.index("blue"))
 _EVALUATION, _PRETRAINING = 1, 2  # the first word of every seed; no stream of one family is in the other
@@ -43,13 +42,13 @@ _EVALUATION, _PRETRAINING = 1, 2  # the first word of every seed; no stream of o
 
 @dataclass(frozen=True)
 class Rendered:
-    """Images with what is known about them.
+    """Images with their labels and factors.
 
     Attributes:
         images: RGB, 0..255, channels first.
         labels: index into `classnames`.
         attributes: one integer tensor [n] per factor. `shape`, `texture`, `colour` and `background` index
-            the tuples of this module (novel shapes and textures follow the known ones); `group` (spurious
+            the tuples of `draw`, whose first ones are those of this module; `group` (spurious
             only) is twice the half of TEXTURES plus which of the two backgrounds; `corruption` indexes
             CORRUPTIONS.
         classnames: the names of the labels.
@@ -124,16 +123,16 @@ def render(version: str, split: str) -> Rendered:
     return _rendered(images, labels, factors, classnames)
 
 
-def digits(split: str | None = None) -> Rendered:
+def digits(split: str) -> Rendered:
     """scikit-learn's 1,797 handwritten digits (8 x 8, 16 grey levels), enlarged linearly to 48 x 48 RGB.
 
     The division is fixed: of every class, in an order drawn once, 60 images are train, 20 val and the rest
-    test (997 in all). Without `split` all images come; `attributes["split"]` holds the index of their split.
+    test (997 in all).
 
     Raises:
         ValueError: an unknown split.
     """
-    if split is not None and split not in SPLITS:
+    if split not in SPLITS:
         raise ValueError(f"digits has no split {split!r}; it has {', '.join(SPLITS)}")
     bunch = load_digits()
     labels = bunch.target.astype(np.int64)
@@ -142,12 +141,11 @@ def digits(split: str | None = None) -> Rendered:
     for digit in range(10):
         rows = rng.permutation(np.flatnonzero(labels == digit))
         member[rows[:60]], member[rows[60:80]] = SPLITS.index("train"), SPLITS.index("val")
-    coarse = torch.from_numpy(bunch.images[:, None] / 16.0)
+    rows = member == SPLITS.index(split)
+    coarse = torch.from_numpy(bunch.images[rows][:, None] / 16.0)
     fine = torch.nn.functional.interpolate(coarse, size=IMAGE_SIZE, mode="bilinear", align_corners=False)
-    images = (fine * 255 + 0.5).to(torch.uint8).expand(-1, 3, -1, -1).numpy()
-    rows = slice(None) if split is None else member == SPLITS.index(split)
-    images = np.ascontiguousarray(images[rows])
-    return _rendered(images, labels[rows], {"split": member[rows]}, DIGIT_CLASSNAMES)
+    images = (fine * 255 + 0.5).to(torch.uint8).repeat(1, 3, 1, 1).numpy()
+    return _rendered(images, labels[rows], {}, DIGIT_CLASSNAMES)
 
 
 def _tensors(factors: dict[str, np.ndarray]) -> dict[str, Int64[Tensor, " n"]]:
@@ -163,11 +161,9 @@ def _rendered(
 
 # ---- what an encoder is trained on ----------------------------------------------------------------
 
-DIGIT_SHARE, SKETCH_SHARE = 0.15, 0.05
+DIGIT_RATE, SKETCH_RATE = 0.15, 0.05
 CAPTION_RATES = {"colour": 0.4, "texture": 0.2, "background": 0.15}  # how often a caption names each factor
-
-
-_PURPOSES = ("captioned", "unlabelled", "labelled", "pairs")
+_PURPOSES = ("captioned", "unlabelled", "labelled", "pairs")  # places are seeds; the second is no longer drawn
 
 
 def _check_stream(n: int, seed: int) -> None:
@@ -180,7 +176,7 @@ def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.n
     _check_stream(n, seed)
     rng = np.random.default_rng([_PRETRAINING, _PURPOSES.index(purpose), seed])
     which = rng.random(n)
-    digit, sketch = which < DIGIT_SHARE, which > 1 - SKETCH_SHARE
+    digit, sketch = which < DIGIT_RATE, which > 1 - SKETCH_RATE
     factors = {
         "shape": np.where(digit, -1, rng.integers(len(SHAPES), size=n)),
         "texture": np.where(digit, -1, rng.integers(len(TEXTURES), size=n)),
@@ -203,8 +199,8 @@ def _drawn(rng: np.random.Generator, factors: dict[str, np.ndarray]) -> np.ndarr
 def render_captioned(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], list[str]]:
     """Images with captions that say little, as captions on the web do.
 
-    A caption always names the shape, and colour, texture and background at CAPTION_RATES; DIGIT_SHARE of
-    the images are printed digits, SKETCH_SHARE are sketches.
+    A caption always names the shape, and colour, texture and background at CAPTION_RATES; DIGIT_RATE of
+    the images are printed digits, SKETCH_RATE are sketches.
 
     Raises:
         ValueError: `n` below 1 or `seed` below 0.
@@ -230,17 +226,8 @@ def render_captioned(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], lis
     return torch.from_numpy(images), captions
 
 
-def render_unlabelled(n: int, seed: int) -> UInt8[Tensor, "n 3 48 48"]:
-    """Images of the same kinds as `render_captioned`, from a stream of their own, with nothing said of them.
-
-    Raises:
-        ValueError: `n` below 1 or `seed` below 0.
-    """
-    return torch.from_numpy(_stream(n, seed, "unlabelled")[0])
-
-
 def render_pairs(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], UInt8[Tensor, "n 3 48 48"]]:
-    """A picture and a line drawing of each thing, in poses of their own, with nothing said of it.
+    """A picture and a line drawing of each thing, in poses of their own, without captions.
 
     The two share shape and texture (or the digit, which is printed twice), not colour, place or background.
 

@@ -3,9 +3,9 @@
 Names:
 
     shapes, shapes-v2, shapes-sketch, shapes-corrupted-1 … -5, shapes-novel, shapes-spurious, digits
-                    the embedded world, rendered from its seed
+                    the embedded world, written by data/embedded/render.py at the first use
     caltech101, oxford_pets, stanford_cars, oxford_flowers, food101, fgvc_aircraft, sun397, dtd, eurosat, ucf101
-                    the few-shot benchmarks, in the layout of CoOp's instructions or torchvision's
+                    the few-shot benchmarks, in the layout of CoOp's instructions and with CoOp's splits
     imagenet, imagenetv2, imagenet-sketch, imagenet-a, imagenet-r
     folder:PATH     images of one's own: a sub-folder for each class, or train, val and test above them
     csv:PATH        a table with the columns path, label, split
@@ -18,15 +18,11 @@ ImageNet it spares extracting 1.28 million images.
 Data sets lie below data/downloads, or the folder that LOGIT_BIAS_DATA names.
 """
 
-import difflib
 import json
-import importlib
 import random
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -34,27 +30,23 @@ import torch
 from lib.features import sources
 from lib.features.images import ImageSplit, draw, shared
 from lib.features.sources import Listing
-from lib.files import ROOT, data_root, find_path
+from lib.files import data_root, find_path, nearest
 
-__all__ = ["Dataset", "ImageSplit", "data_root", "find_path", "load", "names", "prompts", "shared"]
-EMBEDDED = (
-    "shapes",
-    "shapes-v2",
-    "shapes-sketch",
-    *(f"shapes-corrupted-{severity}" for severity in range(1, 6)),
-    "shapes-novel",
-    "shapes-spurious",
-    "digits",
-)
+__all__ = ["Dataset", "ImageSplit", "load", "names", "prompts", "shared"]
 VAL_SHOTS = 4  # CoOp tunes on min(shots, 4) validation images of each class
 GRAMMAR = "folder:PATH, csv:PATH, features:PATH, or NAME@SHOTS/SEED for the field's own few-shot draw"
 DRAW = re.compile(r"@([1-9]\d*)/(\d+)$")
+TEMPLATES_FROM = {
+    "generated": "templates: the embedded world's",
+    "benchmark": "template: CoOp's and Tip-Adapter's",
+    "imagenet": "templates: Tip-Adapter's 7",
+}
 Prompts = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set; nothing is decoded or rendered before `images` is called.
+    """A data set; no file is listed or made before `images` is called, except where the splits need it.
 
     Attributes:
         classnames: as they enter a prompt, in label order.
@@ -62,6 +54,7 @@ class Dataset:
         splits: those that `images` accepts.
         source: where class names, splits and templates come from; it belongs in a run's record.
         codes: WordNet ids of the classes, where they have them.
+        aux: the auxiliary encoders that are taken by default, where its card names some.
     """
 
     name: str
@@ -71,6 +64,7 @@ class Dataset:
     source: str
     open_split: Callable[[str], ImageSplit] = field(repr=False)
     codes: tuple[str, ...] = field(default=(), repr=False)
+    aux: tuple[str, ...] = ()
 
     @property
     def base(self) -> str:
@@ -78,56 +72,53 @@ class Dataset:
         return DRAW.sub("", self.name)
 
     def images(self, split: str) -> ImageSplit:
-        """Return one split.
+        """The images of one split; a generated set is made at the first call.
 
         Raises:
             ValueError: the data set has no such split, or no such files.
         """
-        if split not in self.splits:
-            raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}")
-        return self.open_split(split)
+        if split in self.splits:
+            return self.open_split(split)
+        if split == "train" and self.splits == ("test",):
+            only = f"it can be tested on (test={self.name!r}), not learned from"
+            raise ValueError(f"{self.name} has no split 'train', only test: {only}")
+        raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.splits)}")
 
 
 def names() -> tuple[str, ...]:
-    """Return all names but those with a path or a draw in them."""
-    return (*EMBEDDED, *sources.cards())
+    """All names but those with a path or a draw in them."""
+    return tuple(sources.cards())
 
 
 def load(name: str, root: Path | None = None) -> Dataset:
-    """Return the data set of that name.
+    """The data set of that name.
 
     Args:
         name: one of those in the module's docstring.
-        root: the folder of downloaded data sets; see `data_root`.
+        root: the folder of downloaded and generated data sets; see `data_root`.
 
     Raises:
         ValueError: an unknown name, a bank of features, or files that are missing.
     """
-    drawn = DRAW.search(name)
-    if drawn:
-        return _drawn(load(DRAW.sub("", name), root), name, shots=int(drawn[1]), seed=int(drawn[2]))
+    few_shot = DRAW.search(name)
+    if few_shot:
+        return _drawn(load(DRAW.sub("", name), root), name, shots=int(few_shot[1]), seed=int(few_shot[2]))
     prefix, _, path = name.partition(":")
     if prefix in ("folder", "csv") and path:
-        found = sources.folder(find_path(path)) if prefix == "folder" else sources.csv_file(find_path(path))
-        return _from_listing(name, found, ("a photo of a {}.",), "templates: CLIP's default")
+        listing = sources.folder(find_path(path)) if prefix == "folder" else sources.csv_file(find_path(path))
+        return _from_listing(name, listing, ("a photo of a {}.",), "templates: CLIP's default")
     if prefix == "features":
         raise ValueError(f"{name} is a bank of features and holds no images; features.load reads it")
-    if name in EMBEDDED:
-        return _embedded(name)
     card = sources.cards().get(name)
     if card is None:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(f"unknown data set {name!r}{hint}. Known: {', '.join(names())}, {GRAMMAR}")
-    if card["family"] == "imagenet":
-        templates = ensemble("7")
-        return _from_listing(name, sources.imagenet(name, data_root(root)), templates, "templates: Tip-Adapter's 7")
-    found = sources.benchmark(name, data_root(root))
-    return _from_listing(name, found, tuple(card["templates"]), "template: CoOp's and Tip-Adapter's")
+        raise ValueError(f"unknown data set {name!r}; {nearest(name, names(), count=3)}, {GRAMMAR}")
+    templates = tuple(card["templates"]) if "templates" in card else ensemble("7")
+    listing = sources.listing(name, data_root(root))
+    return _from_listing(name, listing, templates, TEMPLATES_FROM[card["family"]], tuple(card.get("aux", ())))
 
 
 def prompts(choice: str | Prompts | None, dataset: Dataset) -> Prompts:
-    """Return the prompts that a name stands for.
+    """The prompts that a name stands for.
 
     Args:
         choice: None for the data set's own templates; `7` or `80` for the ensembles of OpenAI's ImageNet notebook; the
@@ -160,7 +151,7 @@ def prompts(choice: str | Prompts | None, dataset: Dataset) -> Prompts:
 
 
 def ensemble(which: str) -> tuple[str, ...]:
-    """Return the 7 or the 80 templates of OpenAI's ImageNet notebook, from open_clip."""
+    """The 7 or the 80 templates of OpenAI's ImageNet notebook, from open_clip."""
     import open_clip
 
     templates = {"7": open_clip.SIMPLE_IMAGENET_TEMPLATES, "80": open_clip.OPENAI_IMAGENET_TEMPLATES}[which]
@@ -174,75 +165,53 @@ def _prompt_file(path: Path) -> Prompts:
     if path.suffix != ".json":
         return tuple(line.strip() for line in text.splitlines() if line.strip())
     try:
-        found = json.loads(text)
+        prompts = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    lists = found.values() if isinstance(found, dict) else [found]
+    lists = prompts.values() if isinstance(prompts, dict) else [prompts]
     if not all(isinstance(group, list) and all(isinstance(item, str) for item in group) for group in lists):
         raise ValueError(f"{path} holds neither a list of templates nor lists of sentences by class name")
-    return found
+    return prompts
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_]+", " ", name).strip().lower()
 
 
-def _from_listing(name: str, found: Listing, templates: tuple[str, ...], told: str) -> Dataset:
+def _from_listing(
+    name: str, listing: Listing, templates: tuple[str, ...], templates_from: str, aux: tuple[str, ...] = ()
+) -> Dataset:
     def open_split(split: str) -> ImageSplit:
-        items = found.splits[split]()
+        items = listing.splits[split]()
         labels = torch.tensor([label for _, label in items], dtype=torch.int64)
-        return ImageSplit(labels, tuple(path for path, _ in items), root=found.root)
+        return ImageSplit(labels, tuple(path for path, _ in items), listing.root, listing.exact)
 
-    source = f"{found.made_by}; {told}"
-    return Dataset(name, found.classnames, templates, tuple(found.splits), source, open_split, found.codes)
+    source = f"{listing.made_by}; {templates_from}"
+    splits = tuple(listing.splits)
+    return Dataset(name, listing.classnames, templates, splits, source, open_split, listing.codes, aux)
 
 
 def _drawn(data: Dataset, name: str, shots: int, seed: int) -> Dataset:
-    """Replace train and val by the few-shot draw; one generator goes through train, then val, as in CoOp."""
+    """The data set with train and val replaced by the few-shot draw.
+
+    One generator goes through train, then val, as in CoOp.
+    """
     if not {"train", "val"} <= set(data.splits):
         raise ValueError(f"{name}: {data.name} has no train and val to draw from, only {', '.join(data.splits)}")
 
     def open_split(split: str) -> ImageSplit:
-        if split not in ("train", "val"):
+        if split == "test":
             return data.images(split)
-        rng, parts = random.Random(seed), {}
+        rng = random.Random(seed)
         for part, count in (("train", shots), ("val", min(shots, VAL_SHOTS))):
-            parts[part] = data.images(part)
+            images = data.images(part)
             try:
-                rows = draw(parts[part].labels, count, rng)
+                rows = draw(images.labels, count, rng, data.classnames)
             except ValueError as error:
                 raise ValueError(f"{name}, {part}: {error}") from error
             if part == split:
-                return parts[part].rows(rows)
-        raise AssertionError(split)
+                break
+        return images.rows(rows)
 
     source = f"{data.source}; train and val: the field's draw, seed {seed}"
     return replace(data, name=name, source=source, open_split=open_split)
-
-
-def _embedded(name: str) -> Dataset:
-    world = _world()
-
-    if name == "digits":
-        classnames, templates = world.DIGIT_CLASSNAMES, world.DIGIT_TEMPLATES
-        splits: tuple[str, ...] = ("train", "val", "test")
-    else:
-        classnames = world.NOVEL_CLASSNAMES if name == "shapes-novel" else world.CLASSNAMES
-        templates = world.TEMPLATES
-        splits = ("train", "val", "test") if name in ("shapes", "shapes-spurious") else ("test",)
-    source = "the embedded world (lib/world.py)"
-    return Dataset(name, classnames, templates, splits, source, lambda split: _render(name, split))
-
-
-@lru_cache(maxsize=4)
-def _render(name: str, split: str) -> ImageSplit:
-    world = _world()
-
-    drawn = world.digits(split) if name == "digits" else world.render(name, split)
-    ids = tuple(f"{split}/{index}" for index in range(len(drawn.labels)))
-    return ImageSplit(drawn.labels, ids, pixels=drawn.images)
-
-
-def _world():
-    sys.path.insert(0, str(ROOT / "data" / "embedded"))
-    return importlib.import_module("world")

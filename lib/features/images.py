@@ -1,4 +1,4 @@
-"""Images of one split: decoding, identity, few-shot draws, and the same picture on both sides.
+"""Images of one split: decoding, identity, few-shot draws, and the same picture in two splits.
 
 Decoding shows an image as a person sees it: turned upright by its EXIF orientation, transparency over white,
 16-bit grey scaled to 8. Few-shot code of the field ignores the first two; its benchmarks hardly use them.
@@ -6,79 +6,98 @@ Decoding shows an image as a person sees it: turned upright by its EXIF orientat
 
 import hashlib
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from PIL import Image, ImageOps
 from torch import Tensor
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+from lib.files import file_hash
+
+SPLITS = ("train", "val", "test")
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """The images of one split, in a fixed order; they lie below `root`, or in `pixels`.
+    """The images of one split, in a fixed order.
 
     Attributes:
         labels: class index in [0, C).
-        ids: what names each image: its path below `root`, or its index in the rendered split.
-        pixels: RGB bytes, for images that live in memory.
+        ids: each image's path below `root`.
+        exact: for sets that a script makes, the script's version: their identity is that and the decoded pixels,
+            which agree across machines. Empty: the identity is each file's size and time of change.
     """
 
     labels: Int64[Tensor, " n"]
     ids: tuple[str, ...]
-    root: Path | None = None
-    pixels: UInt8[Tensor, "n 3 h w"] | None = None
+    root: Path
+    exact: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Image.Image:
-        if self.pixels is None:
-            return decode(self.root / self.ids[index])
-        return Image.fromarray(self.pixels[index].permute(1, 2, 0).numpy())
+        return decode(self.root / self.ids[index])
 
     @cached_property
     def manifest(self) -> str:
-        """sha256 over ids, labels and what identifies the pixels: their bytes, or each file's size and time of change.
+        """sha256 over ids, labels and what identifies the pixels.
 
         Raises:
-            ValueError: a file is missing.
+            ValueError: a file is missing; a file of an exact set cannot be decoded.
         """
         digest = hashlib.sha256("\0".join(self.ids).encode())
         digest.update(self.labels.contiguous().numpy())
-        if self.pixels is not None:
-            digest.update(self.pixels.contiguous().numpy())
-            return digest.hexdigest()
-        missing = []
+        stats = self.stats()
+        if self.exact:
+            digest.update(f"{self.exact}\n{_pixel_hash(self.root, self.ids, stats)}".encode())
+        else:
+            digest.update("".join(f"{size} {mtime}\n" for size, mtime in stats).encode())
+        return digest.hexdigest()
+
+    def stats(self) -> tuple[tuple[int, int], ...]:
+        """Size in bytes and time of change in ns of every file.
+
+        Raises:
+            ValueError: a file is missing, or a link that leads nowhere.
+        """
+        stats, missing = [], []
         for name in self.ids:
             try:
                 stat = (self.root / name).stat()
-                digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
+                stats.append((stat.st_size, stat.st_mtime_ns))
             except OSError:
                 missing.append(name)
         if missing:
             raise ValueError(f"{len(missing)} of {len(self)} images are not in {self.root}, first {missing[0]}")
-        return digest.hexdigest()
+        return tuple(stats)
 
     def rows(self, index: Int64[Tensor, " m"]) -> "ImageSplit":
-        """Return the chosen images as a split of their own."""
-        ids = tuple(self.ids[i] for i in index.tolist())
-        return ImageSplit(self.labels[index], ids, self.root, None if self.pixels is None else self.pixels[index])
+        """The chosen images as a split of their own."""
+        return ImageSplit(self.labels[index], tuple(self.ids[i] for i in index.tolist()), self.root, self.exact)
+
+
+@lru_cache(maxsize=64)
+def _pixel_hash(root: Path, ids: tuple[str, ...], stats: tuple[tuple[int, int], ...]) -> str:
+    """sha256 of all decoded pixels; `stats` is there to decode again where a file has changed."""
+    digest = hashlib.sha256()
+    for name in ids:
+        try:
+            image = decode(root / name)
+        except Exception as error:  # decoders raise anything
+            raise ValueError(f"{root / name} cannot be decoded ({error}); delete {root}, it is made again") from error
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()
 
 
 def decode(path: Path) -> Image.Image:
-    """Read an image file as upright RGB.
-
-    Raises:
-        ValueError, OSError, SyntaxError: whatever the decoder finds wrong.
-    """
+    """An image file as upright RGB; whatever the decoder raises passes through."""
     with Image.open(path) as image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -98,8 +117,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def draw(labels: Int64[Tensor, " n"], shots: int, rng: random.Random) -> Int64[Tensor, " m"]:
-    """Draw `shots` images of each class as CoOp, Tip-Adapter and AMU-Tuning do; rows in the order of the draw.
+def draw(
+    labels: Int64[Tensor, " n"], shots: int, rng: random.Random, classnames: Sequence[str] = ()
+) -> Int64[Tensor, " m"]:
+    """Rows of `shots` images of each class, drawn as CoOp, Tip-Adapter and AMU-Tuning do, in the order of the draw.
 
     `random.sample` goes through the classes in order of appearance, after `random.seed(seed)` at the start of the
     run. Draws of different `shots` are not nested. (Dassl `generate_fewshot_dataset`, the base of CoOp's.)
@@ -107,56 +128,51 @@ def draw(labels: Int64[Tensor, " n"], shots: int, rng: random.Random) -> Int64[T
     Raises:
         ValueError: a class has fewer images.
     """
-    groups: dict[int, list[int]] = defaultdict(list)
+    groups: dict[int, list[int]] = {}
     for row, label in enumerate(labels.tolist()):
-        groups[label].append(row)
-    poorest = min(groups, key=lambda label: len(groups[label]))
-    if len(groups[poorest]) < shots:
-        raise ValueError(f"{shots} shots asked for, but class {poorest} has {len(groups[poorest])} images")
-    return torch.tensor([row for rows in groups.values() for row in rng.sample(rows, shots)])
+        groups.setdefault(label, []).append(row)
+    for label, rows in groups.items():
+        if len(rows) < shots:
+            raise ValueError(f"{shots} shots asked for, but {_class(label, classnames)} has {len(rows)} images")
+    return torch.tensor([row for rows in groups.values() for row in rng.sample(rows, shots)], dtype=torch.int64)
 
 
-def divide(labels: Int64[Tensor, " n"], shares: Sequence[float], seed: int = 1) -> list[Int64[Tensor, " m"]]:
-    """Divide every class at random by `shares`, which sum to 1; each part keeps the order of the rows.
+def divide(
+    labels: Int64[Tensor, " n"], fractions: Sequence[float], classnames: Sequence[str] = (), seed: int = 1
+) -> list[Int64[Tensor, " m"]]:
+    """Rows of each part when every class is divided at random by `fractions`, which sum to 1; rows stay in order.
 
     Raises:
         ValueError: a class has fewer images than there are parts.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[] for _ in shares]
+    parts: list[list[Tensor]] = [[] for _ in fractions]
     for label in labels.unique().tolist():
         rows = torch.nonzero(labels == label)[:, 0]
-        if len(rows) < len(shares):
-            raise ValueError(f"class {label} has {len(rows)} images, too few to divide into {len(shares)} parts")
-        sizes = [max(1, round(len(rows) * share)) for share in shares[1:]]
+        if len(rows) < len(fractions):
+            few = f"{_class(label, classnames)} has {len(rows)} images"
+            raise ValueError(f"{few}, too few to divide into {len(fractions)} parts")
+        sizes = [max(1, round(len(rows) * fraction)) for fraction in fractions[1:]]
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         for part, chosen in zip(parts, shuffled.split([len(rows) - sum(sizes), *sizes]), strict=True):
             part.append(chosen)
     return [torch.cat(part).sort().values for part in parts]
 
 
+def _class(label: int, classnames: Sequence[str]) -> str:
+    return f"class {classnames[label]!r}" if classnames else f"class {label}"
+
+
 def shared(first: ImageSplit, second: ImageSplit) -> list[tuple[str, str]]:
-    """Return pairs of ids whose images are the same byte for byte: a leak, if the splits are support and test.
+    """Pairs of ids whose files are the same byte for byte: a leak, if the splits are support and test.
 
-    The same picture saved twice in different files is not found.
+    The same picture saved twice in different files is not detected.
     """
-    sizes = [_sizes(split) for split in (first, second)]
+    sizes = [[size for size, _ in split.stats()] for split in (first, second)]
     suspects = set(sizes[0]) & set(sizes[1])
-    known: dict[str, str] = {}
-    for row, size in enumerate(sizes[0]):
-        if size in suspects:
-            known.setdefault(_content(first, row), first.ids[row])
-    rows = [row for row, size in enumerate(sizes[1]) if size in suspects]
-    pairs = [(known.get(_content(second, row)), second.ids[row]) for row in rows]
-    return [(one, other) for one, other in pairs if one is not None]
-
-
-def _sizes(split: ImageSplit) -> list[int]:
-    return [0] * len(split) if split.pixels is not None else [(split.root / name).stat().st_size for name in split.ids]
-
-
-def _content(split: ImageSplit, row: int) -> str:
-    if split.pixels is not None:
-        return hashlib.sha256(split.pixels[row].contiguous().numpy()).hexdigest()
-    with open(split.root / split.ids[row], "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    ones, others = (
+        [(file_hash(split.root / name), name) for name, size in zip(split.ids, listed, strict=True) if size in suspects]
+        for split, listed in zip((first, second), sizes, strict=True)
+    )
+    names = dict(reversed(ones))  # of equal images in `first` the first is named
+    return [(names[digest], name) for digest, name in others if digest in names]

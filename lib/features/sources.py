@@ -1,25 +1,29 @@
-"""Image files on disk to lists: the few-shot benchmarks, ImageNet's variants, folders of one's own, CSV files.
+"""Image files on disk to lists: the few-shot benchmarks, ImageNet's variants, generated sets, own folders, CSV files.
 
-Nothing is decoded here. `data/benchmarks.json` says where each benchmark lies and what its prompts are.
+Nothing is decoded here. `data/benchmarks.json` says where each data set lies and what its prompts are; for a
+generated set it names the script that writes it, which runs at the first use.
 """
 
 import csv
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lib.features.images import ENDINGS, SPLITS, divide
 from lib.files import ROOT
-from lib.features.images import ENDINGS, divide
 
-SPLITS = ("train", "val", "test")
-SHARES = (0.5, 0.2, 0.3)  # of train, val, test where nobody has divided a data set: CoOp's shares
-HELD_OUT = 16  # images a class of ImageNet's train that are its val: the last ones by name
+FRACTIONS = (0.5, 0.2, 0.3)  # of train, val, test where nobody has divided a data set: CoOp's
+VAL_IMAGES = 16  # images a class of ImageNet's train that are its val: the last ones by name
+VAL_NAMES = ("val", "valid", "validation", "dev")  # what a folder beside train or test may be called
 Items = list[tuple[str, int]]  # path below the root, class index
 
 
@@ -33,6 +37,7 @@ class Listing:
         splits: for each split, a function that lists it.
         made_by: who divided the images, and where the class names come from.
         codes: WordNet ids of the classes, where they have them.
+        exact: the version of the script that makes the images; see ImageSplit.
     """
 
     root: Path
@@ -40,171 +45,73 @@ class Listing:
     splits: Mapping[str, Callable[[], Items]]
     made_by: str
     codes: tuple[str, ...] = ()
+    exact: str = ""
 
 
 @lru_cache(maxsize=1)
 def cards() -> dict[str, dict[str, Any]]:
-    """Return data/benchmarks.json as one mapping from a data set's name to its card."""
+    """data/benchmarks.json as one mapping from a data set's name to its card."""
     table = json.loads((ROOT / "data" / "benchmarks.json").read_text(encoding="utf-8"))
-    coop = table["coop"]
+    generated = table["generated"]
+    common = {"family": "generated", "script": table["script"], "version": table["version"]}
     return {
-        **{name: {"get": coop, "family": "benchmark", **card} for name, card in table["benchmarks"].items()},
+        **{name: {**common, **generated.get(card.get("like"), {}), **card} for name, card in generated.items()},
+        **{name: {"family": "benchmark", "get": table["coop"], **card} for name, card in table["benchmarks"].items()},
         **{name: {"family": "imagenet", **card} for name, card in table["imagenets"].items()},
     }
 
 
-def benchmark(name: str, root: Path) -> Listing:
-    """List one of the ten benchmarks with CoOp's split, or as torchvision divides it where that file is missing.
+def listing(name: str, root: Path) -> Listing:
+    """The listing of a data set that has a card.
 
     Raises:
-        ValueError: files are missing, with what to download and where to put it; a split file that cannot be right.
+        ValueError: files are missing, with what to download and where to put it; files that contradict themselves.
     """
+    families = {"generated": _generated, "benchmark": _benchmark, "imagenet": _imagenet}
+    return families[cards()[name]["family"]](name, root)
+
+
+def _generated(name: str, root: Path) -> Listing:
+    """Class folders that a script makes when a split is first listed; their path carries the script's version."""
+    card = cards()[name]
+    folder, script = root / card["version"] / name, card["script"]
+    labels = {spoken.replace(" ", "_"): label for label, spoken in enumerate(card["classnames"])}
+
+    def listed(split: str) -> Items:
+        if not folder.is_dir():
+            command = [sys.executable, ROOT / script, name, "--root", root.resolve()]
+            made = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # its bar goes to our stderr
+            if made.returncode:
+                reason = made.stdout.strip() or f"exit status {made.returncode}"
+                raise ValueError(f"{name} could not be made: {reason}; try python {script} {name}")
+        items = _items(folder, folder / split, labels)
+        return sorted(items, key=lambda item: Path(item[0]).name)  # row i is the i-th image that was drawn
+
+    splits = {split: partial(listed, split) for split in card["splits"]}
+    return Listing(folder, tuple(card["classnames"]), splits, f"class names and splits: {script}", (), card["version"])
+
+
+# ---- benchmarks ---------------------------------------------------------------------------------------------
+
+
+def _benchmark(name: str, root: Path) -> Listing:
+    """One of the ten benchmarks with CoOp's split; published numbers were measured on no other."""
     card = cards()[name]
     images = _first(root, card["images"])
     if images and card.get("lists"):
         return _aircraft(images, card)
-    if images:
-        for folder in (images, images.parent):
-            if card["split"] and (folder / card["split"]).is_file():
-                return _coop(images, folder / card["split"])
-    found = _divided(name, card, root, images)
-    if found:
-        return found
-    need = card["images"][0] if not images else f"{Path(card['images'][0]).parent}/{card['split']}"
-    raise ValueError(f"{name}: no {need} in {root}; {how_to_get(name)}")
+    for folder in (images, images.parent) if images else ():
+        if (folder / card["split"]).is_file():
+            return _coop(images, folder / card["split"])
+    place = Path(card["images"][0])
+    need = place if not images else (place.parent if len(place.parts) > 1 else place) / card["split"]
+    why = "; numbers on another division do not compare" if images else ""
+    raise ValueError(f"{name}: no {need} in {root}; {_how_to_get(name)}{why}")
 
 
-def imagenet(name: str, root: Path) -> Listing:
-    """List ImageNet or a variant of it; class names are classnames.txt's beside the images, or open_clip's.
-
-    ImageNet's `test` is its 50,000 validation images, as everywhere; its `val` is the last HELD_OUT images of each
-    training class, which `train` then lacks, because the field's own `val` is the test set.
-
-    Raises:
-        ValueError: files are missing, or another number of classes than the data set has.
-    """
+def _how_to_get(name: str) -> str:
     card = cards()[name]
-    images = _first(root, card["images"])
-    if not images:
-        raise ValueError(f"{name}: no {card['images'][0]} in {root}; {how_to_get(name)}")
-    part = images / "val" if name == "imagenet" else images
-    folders = sorted(p.name for p in part.iterdir() if p.is_dir()) if part.is_dir() else []
-    if len(folders) != card["classes"]:
-        raise ValueError(f"{name} has {card['classes']} classes, {part} has {len(folders)} folders; {how_to_get(name)}")
-    codes = _wordnet_ids()
-    if name == "imagenetv2":  # its folders are called by the class index
-        folders = [str(index) for index in range(len(folders))]
-    else:
-        codes = tuple(folders)
-    names, made_by = _imagenet_names(images)
-    unknown = [code for code in codes if code not in names]
-    if unknown:
-        raise ValueError(f"{name}: folder {unknown[0]} ({len(unknown)} in all) has no class name in {made_by}")
-
-    def listed(folder: Path, keep: slice = slice(None)) -> Items:
-        lost = [code for code in folders if not (folder / code).is_dir()]
-        if lost:
-            raise ValueError(f"{name}: {folder} lacks {len(lost)} of {len(folders)} class folders, first {lost[0]}")
-        return [
-            (str(path.relative_to(images)), label)
-            for label, code in enumerate(folders)
-            for path in _files(folder / code)[keep]
-        ]
-
-    splits: dict[str, Callable[[], Items]] = {"test": lambda: listed(part)}
-    if name == "imagenet":
-        splits["train"] = lambda: listed(images / "train", slice(None, -HELD_OUT))
-        splits["val"] = lambda: listed(images / "train", slice(-HELD_OUT, None))
-        made_by += f"; val is the last {HELD_OUT} images of each training class"
-    return Listing(images, tuple(names[code] for code in codes), splits, made_by, codes)
-
-
-def folder(path: Path) -> Listing:
-    """List `folder:PATH`: one sub-folder per class, or train, val and test above them.
-
-    Without those, every class is divided 50 : 20 : 30; with train and test only, a fifth of train becomes val.
-
-    Raises:
-        ValueError: no such folder, a class without images, classes that differ between splits.
-    """
-    if not path.is_dir():
-        raise ValueError(f"no folder {path}")
-    parts = {split: path / split for split in SPLITS if (path / split).is_dir()} or {"all": path}
-    classes = {split: _subfolders(place) for split, place in parts.items()}
-    names = classes.get("train") or next(iter(classes.values()))
-    for split, found in classes.items():
-        extra = set(found) - set(names)
-        if extra:
-            raise ValueError(f"{path}: {split} has class {min(extra)!r}, train has not")
-    if not names:
-        raise ValueError(f"{path}: no class folders")
-    items = {
-        split: [
-            (str(file.relative_to(path)), names.index(name)) for name in classes[split] for file in _files(place / name)
-        ]
-        for split, place in parts.items()
-    }
-    return _completed(path, tuple(_spoken(name) for name in names), items, "folders")
-
-
-def csv_file(path: Path) -> Listing:
-    """List `csv:PATH`: columns path (relative to the file), label (the class's name) and split.
-
-    Raises:
-        ValueError: a missing file or column, an empty field, an unknown split, an image in two splits.
-    """
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        lacking = {"path", "label", "split"} - set(reader.fieldnames or ())
-        if lacking:
-            has = ", ".join(reader.fieldnames or ()) or "none"
-            raise ValueError(f"{path} has the columns {has}, but path, label, split are needed")
-        rows = [(reader.line_num, row["path"], row["label"], row["split"]) for row in reader]
-    seen: dict[str, tuple[str, int]] = {}
-    for line, image, label, split in rows:
-        if not (image and label and split in SPLITS):
-            what = f"path {image!r}, label {label!r}, split {split!r}"
-            raise ValueError(f"{path}, line {line}: {what}; a split is train, val or test, and nothing may be empty")
-        before, place = seen.setdefault(image, (split, line))
-        if before != split:
-            raise ValueError(f"{path}: {image} is in {before} (line {place}) and in {split} (line {line})")
-    names = sorted({row[2] for row in rows}, key=lambda name: (0, int(name), "") if name.isdigit() else (1, 0, name))
-    items: dict[str, Items] = {}
-    for _, image, label, split in rows:
-        items.setdefault(split, []).append((image, names.index(label)))
-    return _completed(path.parent, tuple(_spoken(name) for name in names), items, path.name)
-
-
-def how_to_get(name: str) -> str:
-    """Return one line: what to download, and which command does it where one can."""
-    card = cards()[name]
-    split = f" with {card['split']}" if card.get("split") else ""
-    torchvision = card.get("torchvision") and not card.get("no_download")
-    command = f"; images alone: python -m lib datasets --download {name}" if torchvision else ""
-    return f"get it{split} from {card['get']}{command}"
-
-
-def download(name: str, root: Path) -> None:
-    """Let torchvision download a benchmark's images into `root`.
-
-    Raises:
-        ValueError: torchvision does not have it, or the host cannot be reached.
-    """
-    from torchvision import datasets as tv
-
-    card = cards().get(name, {})
-    if not card.get("torchvision") or card.get("no_download"):
-        raise ValueError(f"torchvision cannot download {name!r}" + (f"; {how_to_get(name)}" if card else ""))
-    options = next(iter(card.get("splits", {}).values()), {})
-    try:
-        getattr(tv, card["torchvision"])(str(root), download=True, **options)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{name}: torchvision could not download it ({error}); {how_to_get(name)}") from error
-
-
-# ---- one benchmark, three ways ------------------------------------------------------------------------------
+    return f"get it{' with ' + card['split'] if 'split' in card else ''} from {card['get']}"
 
 
 def _coop(images: Path, split_file: Path) -> Listing:
@@ -224,64 +131,170 @@ def _aircraft(images: Path, card: Mapping[str, Any]) -> Listing:
     variants = images.parent / "variants.txt"
     for path in (variants, *lists.values()):
         if not path.is_file():
-            raise ValueError(f"no {path.name} in {images.parent}; {how_to_get('fgvc_aircraft')}")
+            raise ValueError(f"no {path.name} in {images.parent}; {_how_to_get('fgvc_aircraft')}")
     names = variants.read_text().splitlines()
     rows = {split: [line.split(" ", 1) for line in path.read_text().splitlines()] for split, path in lists.items()}
-    items = {split: [(f"{image}.jpg", names.index(name)) for image, name in found] for split, found in rows.items()}
+    items = {split: [(f"{image}.jpg", names.index(name)) for image, name in lines] for split, lines in rows.items()}
     return _listing(images, tuple(names), items, "the official lists")
 
 
-def _divided(name: str, card: Mapping[str, Any], root: Path, images: Path | None) -> Listing | None:
-    """List a benchmark without its split file: by class folder, or as torchvision's class divides it."""
-    if card.get("by_folder") and images:
-        names = [found for found in _subfolders(images) if found not in card.get("ignore", ())]
-        items = [(str(file.relative_to(images)), i) for i, found in enumerate(names) for file in _files(images / found)]
-        spoken = tuple(_spoken(card["rename"].get(found, found)) for found in names)
-        return _completed(images, spoken, {"all": items}, f"folders, for want of {card['split']}")
-    if not card.get("splits"):
-        return None
-    from torchvision import datasets as tv
+def _imagenet(name: str, root: Path) -> Listing:
+    """ImageNet or a variant of it; class names are classnames.txt's beside the images, or open_clip's.
 
+    ImageNet's `test` is its 50,000 validation images, as everywhere; its `val` is the last VAL_IMAGES images of each
+    training class, which `train` then lacks, because the field's own `val` is the test set.
+    """
+    card = cards()[name]
+    images = _first(root, card["images"])
+    if not images:
+        raise ValueError(f"{name}: no {card['images'][0]} in {root}; {_how_to_get(name)}")
+    part = images / "val" if name == "imagenet" else images
+    folders = _subfolders(part) if part.is_dir() else []
+    if len(folders) != card["classes"]:
+        has = f"{name} has {card['classes']} classes, {part} has {len(folders)} folders"
+        raise ValueError(f"{has}; {_how_to_get(name)}")
+    codes = tuple(folders)
+    if name == "imagenetv2":  # its folders are called by the class index
+        codes, folders = _wordnet_ids(), [str(index) for index in range(len(folders))]
+    names, made_by = _imagenet_names(images)
+    unknown = [code for code in codes if code not in names]
+    if unknown:
+        raise ValueError(f"{name}: folder {unknown[0]} ({len(unknown)} in all) has no class name in {made_by}")
+
+    labels = {folder: label for label, folder in enumerate(folders)}
+    train = partial(_items, images, images / "train", labels)
+    splits: dict[str, Callable[[], Items]] = {"test": partial(_items, images, part, labels)}
+    if name == "imagenet":
+        splits["train"] = partial(train, slice(None, -VAL_IMAGES))
+        splits["val"] = partial(train, slice(-VAL_IMAGES, None))
+        made_by += f"; val is the last {VAL_IMAGES} images of each training class"
+    return Listing(images, tuple(names[code] for code in codes), splits, made_by, codes)
+
+
+# ---- own images ---------------------------------------------------------------------------------------------
+
+
+def folder(path: Path) -> Listing:
+    """The listing of `folder:PATH`: one sub-folder per class, or train, val and test above them.
+
+    Without those, every class is divided 50 : 20 : 30; with train and test only, a fifth of train becomes val.
+
+    Raises:
+        ValueError: no such folder, a class without images, classes that differ between splits or share one name.
+    """
+    if not path.is_dir():
+        raise ValueError(f"no folder {path}")
+    parts = _split_folders(path) or {"all": path}
+    classes = {split: _subfolders(place) for split, place in parts.items()}
+    names = classes.get("train") or next(iter(classes.values()))
+    for split, folders in classes.items():
+        extra = set(folders) - set(names)
+        if extra:
+            raise ValueError(f"{path}: {split} has class {min(extra)!r}, train has not")
+    if not names:
+        raise ValueError(f"{path}: no class folders")
+    labels = {split: {name: names.index(name) for name in folders} for split, folders in classes.items()}
+    items = {split: _items(path, place, labels[split]) for split, place in parts.items()}
+    return _completed(path, _distinct(path, names), items, "folders")
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    parts = {split: path / split for split in SPLITS if (path / split).is_dir()}
+    if "train" in parts or "test" in parts:  # without those, a folder called dev is a class
+        val = [path / name for name in VAL_NAMES if (path / name).is_dir()]
+        if len(val) > 1:
+            raise ValueError(f"{path} has both {val[0].name} and {val[1].name}; only one can be the validation images")
+        parts.update(zip(("val",), val, strict=False))
+    return parts
+
+
+def csv_file(path: Path) -> Listing:
+    """The listing of `csv:PATH`: columns path (relative to the file), label (the class's name) and split.
+
+    Raises:
+        ValueError: a missing file or column, no rows, an empty or surplus field, an unknown split, a repeated image.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
     try:
-        parts = {part: getattr(tv, card["torchvision"])(str(root), **args) for part, args in card["splits"].items()}
-    except (RuntimeError, FileNotFoundError):
-        return None
-    items = {part: sorted(_torchvision_items(found, root)) for part, found in parts.items()}
-    names = tuple(_spoken(found) for found in next(iter(parts.values())).classes)
-    return _completed(root, names, items, f"torchvision, for want of {card['split']}")
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            columns = reader.fieldnames or ()
+            rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from error
+    if not {"path", "label", "split"} <= set(columns):
+        has = ", ".join(columns) or "none"
+        raise ValueError(f"{path} has the columns {has}, but path, label, split are needed")
+    if not rows:
+        raise ValueError(f"{path} lists no images")
+    listed: dict[str, str] = {}
+    for line, row in rows:
+        image, label, split = row["path"], row["label"], row["split"]
+        if not (image and label and split in SPLITS):
+            what = f"path {image!r}, label {label!r}, split {split!r}"
+            raise ValueError(f"{path}, line {line}: {what}; a split is train, val or test, and nothing may be empty")
+        if None in row:
+            raise ValueError(f"{path}, line {line}: {len(columns)} fields are expected, {row[None][0]!r} is one more")
+        place = f"in {split} as {label!r} (line {line})"
+        before = listed.setdefault(os.path.normpath(image), place)
+        if before != place:
+            raise ValueError(f"{path}: {image} is {before} and {place}")
+    names = sorted({row["label"] for _, row in rows}, key=_by_number)
+    items: dict[str, Items] = {}
+    for _, row in rows:
+        items.setdefault(row["split"], []).append((row["path"], names.index(row["label"])))
+    return _completed(path.parent, _distinct(path, names), items, path.name)
 
 
-def _torchvision_items(found: Any, root: Path) -> Items:
-    files = getattr(found, "_image_files", None) or getattr(found, "_images", None)
-    pairs: Iterable[tuple[Any, int]] = zip(files, found._labels, strict=True) if files else found._samples
-    return [(str(Path(file).relative_to(root)), label) for file, label in pairs]
+def _by_number(name: str) -> tuple[int, int, str]:
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def _distinct(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Class names as they stand in a prompt; two classes of one name are refused."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(_spoken(name), name)
+        if other != name:
+            raise ValueError(f"{path}: {other!r} and {name!r} are two classes of one name, {_spoken(name)!r}")
+    return tuple(first)
 
 
 def _completed(root: Path, names: tuple[str, ...], items: dict[str, Items], made_by: str) -> Listing:
-    """Make the splits that are missing: all from `all`, or val from train."""
+    """The listing with the splits that are missing: all from `all`, or val from train."""
     if "all" in items:
-        items, made_by = _parted(items["all"], SPLITS, SHARES), f"{made_by}; each class divided 50 : 20 : 30, seed 1"
+        items = _parted(items["all"], SPLITS, FRACTIONS, names)
+        made_by += "; each class divided 50 : 20 : 30, seed 1"
     elif "train" in items and "val" not in items:
-        items = items | _parted(items["train"], ("train", "val"), (0.8, 0.2))
-        made_by = f"{made_by}; val is a fifth of each training class, seed 1"
+        items = items | _parted(items["train"], ("train", "val"), (0.8, 0.2), names)
+        made_by += "; val is a fifth of each training class, seed 1"
     return _listing(root, names, items, made_by)
 
 
-def _parted(items: Items, splits: Sequence[str], shares: Sequence[float]) -> dict[str, Items]:
-    rows = divide(torch.tensor([label for _, label in items]), shares)
+def _parted(items: Items, splits: Sequence[str], fractions: Sequence[float], names: Sequence[str]) -> dict[str, Items]:
+    rows = divide(torch.tensor([label for _, label in items]), fractions, names)
     return {split: [items[row] for row in chosen.tolist()] for split, chosen in zip(splits, rows, strict=True)}
-
-
-def _listing(root: Path, names: tuple[str, ...], items: Mapping[str, Items], made_by: str) -> Listing:
-    made_by = f"class names and splits: {made_by}"
-    return Listing(root, names, {s: lambda found=items[s]: found for s in SPLITS if s in items}, made_by)
 
 
 # ---- small things -------------------------------------------------------------------------------------------
 
 
+def _listing(root: Path, names: tuple[str, ...], items: Mapping[str, Items], made_by: str) -> Listing:
+    splits = {split: lambda part=items[split]: part for split in SPLITS if split in items}
+    return Listing(root, names, splits, f"class names and splits: {made_by}")
+
+
 def _first(root: Path, places: Sequence[str]) -> Path | None:
     return next((root / place for place in places if (root / place).is_dir()), None)
+
+
+def _items(root: Path, place: Path, labels: Mapping[str, int], keep: slice = slice(None)) -> Items:
+    """The images of class folders below `place`, paths relative to `root`; `labels` has a label for every folder."""
+    lost = [name for name in labels if not (place / name).is_dir()]
+    if lost:
+        raise ValueError(f"{place} lacks {len(lost)} of {len(labels)} class folders, first {lost[0]}")
+    return [(str(p.relative_to(root)), label) for name, label in labels.items() for p in _files(place / name)[keep]]
 
 
 def _files(place: Path) -> list[Path]:
