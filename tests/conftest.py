@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-install_import_hook("lib", "beartype.beartype")
+install_import_hook(["lib", "draw", "world", "objectives", "train"], "beartype.beartype")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "data"), str(ROOT / "data" / "embedded")]
 

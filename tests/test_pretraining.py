@@ -2,15 +2,14 @@
 
 import json
 
+import objectives
 import pytest
 import torch
-from conftest import ROOT
-from torch.nn import functional as F
-
-import objectives
 import train as pretraining
 import world
+from conftest import ROOT
 from objectives import FLIPPED, LIGHT, Augmentation, Schedule
+from torch.nn import functional as F
 from train import RECIPES
 
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
@@ -108,11 +107,12 @@ def test_weights_survive_the_disk_and_half_precision(tmp_path, images):
     assert similarity.min() > 0.999
 
 
-def test_what_is_not_trained_again_stays_in_the_index(tmp_path):
+def test_what_is_not_trained_again_stays_in_the_index_whose_writing_is_atomic(tmp_path):
     pretraining.write_index({"random": {"seed": 0}, "clip": {"seed": 0}}, tmp_path)
     pretraining.write_index({"clip": {"seed": 1}}, tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
     assert list(index) == ["clip", "random"] and index["clip"]["seed"] == 1 and index["random"]["seed"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["index.json"], "no half-written file is left"
 
 
 def test_supervised_labels_are_texture_or_colours_and_never_shape():
@@ -130,13 +130,13 @@ def test_errors_name_both_sides(images):
     with pytest.raises(ValueError, match="5 pixels do not tile images of 48 x 48"):
         objectives.patches(torch.zeros(1, 3, 48, 48), 5)
     with pytest.raises(ValueError, match="64 images come with 1 captions"):
-        pretraining.train_clip(pretraining.clip_model(0), images, ["a star."], SHORT, 0)
+        objectives.train_clip(pretraining.clip_model(0), images, torch.zeros(1, 32, dtype=torch.long), SHORT, 0)
     with pytest.raises(ValueError, match="64 images come with 3 rows"):
-        pretraining.train_supervised(torch.nn.Identity(), images, torch.zeros(3, 1, dtype=torch.long), SHORT, 0)
+        objectives.train_supervised(torch.nn.Identity(), images, torch.zeros(3, 1, dtype=torch.long), SHORT, 0)
     with pytest.raises(ValueError, match="vicreg cannot be trained for 2 steps on 1 images"):
         pretraining.plan("vicreg", steps=2, images=1)
     with pytest.raises(ValueError, match="no recipe for dino; there are clip, vicreg"):
-        pretraining.select("clip+dino")
+        pretraining.select(["clip", "dino"])
     with pytest.raises(ValueError, match="nan at step 0 of 2"):
         layer = torch.nn.Linear(2, 2)
         objectives.optimise([layer], lambda step: layer.weight.sum() * float("nan"), Schedule(2))
@@ -160,3 +160,68 @@ def test_the_weights_are_small_and_the_card_names_them():
     assert sum(path.stat().st_size for path in files) <= 16 * 2**20
     assert {path.name for path in files} == {entry["file"] for entry in index.values()}
     assert all(entry["sha256"][:12] in card for entry in index.values())
+
+
+def test_the_card_comes_from_the_index_byte_for_byte(tmp_path):
+    (tmp_path / "index.json").write_bytes((EMBEDDED_FOLDER / "index.json").read_bytes())
+    assert pretraining.main(["--card", "--folder", str(tmp_path)]) == 0
+    card = (tmp_path / "README.md").read_bytes()
+    assert card == (EMBEDDED_FOLDER / "README.md").read_bytes(), "run python data/embedded/train.py --card"
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["clip"]["zero_shot"]["shapes test"]["class"] = 12.3
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    pretraining.main(["--card", "--folder", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == card.decode().replace(
+        "| shapes test | 50.5 |", "| shapes test | 12.3 |"
+    )
+
+
+def test_a_curve_has_nine_points_from_the_first_to_the_last_step():
+    points = pretraining.curve_points([float(step) for step in range(400)])
+    assert list(points) == ["0", "50", "100", "150", "200", "250", "300", "350", "399"]
+    assert points["200"] == 200 and pretraining.curve_points([]) == {}
+    assert pretraining.curve_points([2.0, 1.0]) == {"0": 2.0}
+
+
+def test_answers_are_correct_about_the_class_the_shape_or_the_texture():
+    rendered = world.render("shapes", "val")
+    count = len(world.SHAPES)
+    other_texture = (rendered.labels + count) % len(world.CLASSNAMES)
+    assert pretraining.correct_about(rendered.labels, rendered) == {"class": 100, "shape": 100, "texture": 100}
+    assert pretraining.correct_about(other_texture, rendered) == {"class": 0, "shape": 100, "texture": 0}
+    captions = [
+        "a photo of a red star.",
+        "a sketch of a ring.",
+        "the digit two.",
+        "a dotted drop on a blue background.",
+    ]
+    rates = {"digit": 25, "sketch": 25, "shape": 100, "colour": 50, "background": 50, "texture": 50}
+    assert pretraining.caption_rates(captions) == rates
+
+
+def test_a_trial_trains_stores_measures_and_writes_the_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(world, "IMAGES_PER_CLASS", {"train": 16, "val": 4, "test": 4})
+    trial = ["clip", "supervised", "--steps", "2", "--images", "64", "--threads", "1", "--folder", str(tmp_path)]
+    assert pretraining.main(trial) == 0
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert list(index) == ["clip", "supervised"] and all(entry["steps"] == 2 for entry in index.values())
+    assert "the least cosine with the features before is 0.99" in capsys.readouterr().out
+    assert (tmp_path / "embedded-clip.json").exists(), "the folder can stand in for data/embedded"
+    assert set(index["clip"]["zero_shot"]) == {"shapes val", "shapes test", *world.VERSIONS} - {
+        "shapes",
+        "shapes-novel",
+    }
+    assert len(index["clip"]["groups"]) == 4 and set(index["clip"]["digits"]) == {"val", "test"}
+    measured = index["supervised"]["measured"]
+    assert all(0 <= measured[key] <= 100 for key in ("probe_class", "head", "amu"))
+    assert measured["either"] >= measured["head"]
+    card = (tmp_path / "README.md").read_text()
+    assert "`supervised` helps most" in card and index["clip"]["sha256"][:12] in card
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "2"], ["dino"], ["vicreg", "--images", "1"]])
+def test_a_run_that_cannot_be_meant_is_refused_before_any_work(arguments, capsys):
+    with pytest.raises(SystemExit):
+        pretraining.main(arguments)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert any(part in message for part in ("name another --folder", "no recipe for dino", "on 1 images"))

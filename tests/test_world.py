@@ -2,11 +2,14 @@
 
 import hashlib
 
+import draw as drawing
 import numpy as np
 import pytest
 import torch
+import world
+from sklearn.datasets import load_digits
 
-
+from lib.features import sources
 
 SEVERITIES = [f"shapes-corrupted-{severity}" for severity in range(1, 6)]
 
@@ -107,8 +110,8 @@ def test_captions_name_factors_at_the_stated_rates(captioned):
     drawn = [c for c in things if "sketch" not in c]
     foreground = [c.split(" on a ")[0] for c in drawn]
     assert len(images) == len(captions) == 4000
-    assert 1 - len(things) / 4000 == pytest.approx(world.DIGIT_SHARE, abs=0.02)
-    assert (len(things) - len(drawn)) / 4000 == pytest.approx(world.SKETCH_SHARE, abs=0.015)
+    assert 1 - len(things) / 4000 == pytest.approx(world.DIGIT_RATE, abs=0.02)
+    assert (len(things) - len(drawn)) / 4000 == pytest.approx(world.SKETCH_RATE, abs=0.015)
     assert all(any(shape in c for shape in world.SHAPES) for c in things)
     named = {
         "texture": np.mean([any(t in c for t in world.TEXTURES) for c in drawn]),
@@ -119,7 +122,7 @@ def test_captions_name_factors_at_the_stated_rates(captioned):
         assert rate == pytest.approx(world.CAPTION_RATES[factor], abs=0.03), factor
 
 
-def test_captions_tell_the_truth():
+def test_captions_agree_with_the_pixels():
     rng = np.random.default_rng(0)
     images, captions = world.render_captioned(200, seed=5)
     again, _ = world.render_captioned(200, seed=5)
@@ -142,13 +145,52 @@ def test_shapes_and_textures_differ_to_the_eye(test_set):
 
 
 def test_digits_are_the_real_ones_with_a_fixed_division():
-    every = world.digits()
-    assert every.images.shape == (1797, 3, 48, 48)
-    assert (every.images[:, 0] == every.images[:, 2]).all()
-    sizes = {split: len(world.digits(split).labels) for split in world.SPLITS}
-    assert sizes == {"train": 600, "val": 200, "test": 997}
-    assert torch.bincount(world.digits("train").labels).tolist() == [60] * 10
-    assert torch.equal(world.digits("val").images, every.images[every.attributes["split"] == 1])
+    parts = {split: world.digits(split) for split in world.SPLITS}
+    assert {split: len(part.labels) for split, part in parts.items()} == {"train": 600, "val": 200, "test": 997}
+    assert torch.bincount(parts["train"].labels).tolist() == [60] * 10
+    assert torch.equal(parts["val"].images, world.digits("val").images)
+    images = torch.cat([part.images for part in parts.values()])
+    assert images.shape == (1797, 3, 48, 48) and torch.equal(images[:, 0], images[:, 2])
+    bunch = load_digits()
+    coarse = torch.from_numpy(bunch.images / 16 * 255).float()
+    shrunk = torch.nn.functional.interpolate(images[:, :1].float(), size=8, mode="area")[:, 0]
+    labels = torch.cat([part.labels for part in parts.values()])
+    for digit in range(10):
+        mean = coarse[torch.from_numpy(bunch.target) == digit].mean(0)
+        assert (mean - shrunk[labels == digit].mean(0)).abs().max() < 30, digit
+
+
+def test_the_cards_of_the_data_sets_say_what_the_world_draws():
+    cards = {name: card for name, card in sources.cards().items() if card["family"] == "generated"}
+    assert tuple(cards) == (*world.VERSIONS, "digits")
+    for name in world.VERSIONS:
+        card = cards[name]
+        names = world.NOVEL_CLASSNAMES if name == "shapes-novel" else world.CLASSNAMES
+        assert tuple(card["classnames"]) == names and tuple(card["templates"]) == world.TEMPLATES
+    assert tuple(cards["digits"]["classnames"]) == world.DIGIT_CLASSNAMES
+    assert tuple(cards["digits"]["templates"]) == world.DIGIT_TEMPLATES
+
+
+PIXELS = {  # mean and deviation of the first 256 test images
+    "shapes": (105.33, 68.10),
+    "shapes-v2": (90.34, 69.10),
+    "shapes-sketch": (206.12, 65.26),
+    "shapes-corrupted-1": (109.03, 65.74),
+    "shapes-corrupted-2": (110.72, 63.39),
+    "shapes-corrupted-3": (111.18, 63.47),
+    "shapes-corrupted-4": (110.94, 61.62),
+    "shapes-corrupted-5": (112.78, 60.77),
+    "shapes-novel": (102.27, 65.89),
+    "shapes-spurious": (87.28, 66.09),
+}
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_other_pixels_need_another_version(name):
+    """Whoever changes what is drawn raises `version` in data/benchmarks.json, then this table."""
+    assert sources.cards()[name]["version"] == "embedded-1"
+    images = world.render(name, "test").images[:256].float()
+    assert (images.mean().item(), images.std().item()) == pytest.approx(PIXELS[name], abs=0.03)
 
 
 def test_errors_name_both_sides():

@@ -19,9 +19,9 @@ embeddings that no caption ever used are zero: a prompt with other words is lega
 this model.
 """
 
-REPRODUCIBLE = """Seconds are wall-clock on two shared cores, about twice what they take on free ones. The same recipe gives the
-same weights on the same kind of processor with the same number of threads and nearly the same ones elsewhere,
-because sums are rounded in another order."""
+REPRODUCIBLE = """Seconds are wall-clock on two shared cores, about twice what they take on free ones. The same
+recipe gives the same weights on the same kind of processor with the same number of threads and nearly the same ones
+elsewhere, because sums are rounded in another order."""
 
 DATA = """Every image comes from a numpy generator seeded by the family (1 evaluation, 2 pretraining), the stream
 (captioned, unlabelled, labelled, pairs) and the seed: no pretraining image is an evaluation image. 15 % of the
@@ -64,7 +64,7 @@ def card(index: Mapping[str, Mapping]) -> str:
 
 
 def _filled(text: str) -> str:
-    return textwrap.fill(text.strip(), 118) + "\n" * text.endswith("\n")
+    return textwrap.fill(text.strip(), 118, break_on_hyphens=False) + "\n" * text.endswith("\n")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -142,9 +142,11 @@ def _auxiliary(index: Mapping[str, Mapping]) -> str:
     alone = max(row["head"] for row in measured.values())
     return f"""Auxiliary encoders with 16 shots on `shapes`, one draw of the support, in %. Probe: logistic regression,
 accuracy about the class, the shape, the texture. Head and AMU-Tuning: `methods.build("aux_only")` and
-`methods.build("amu")` with four validation images a class for beta. Either: zero-shot CLIP or the head is correct. CMY: 1 - cosine of their logits.
+`methods.build("amu")` with four validation images a class for beta. Either: zero-shot CLIP or the head is correct.
+CMY: 1 - cosine of their logits.
 
 {_table(header, rows)}
 `{best}` helps most ({measured[best]["gain"]:+.1f} points); the best head alone has {alone:.1f} %.
-A class is a texture *and* a shape: an encoder that knows one of the two is no classifier by itself, and may still add what captions leave out.
+A class is a texture *and* a shape: an encoder that knows one of the two is no classifier by itself, and may still
+add what captions leave out.
 """
