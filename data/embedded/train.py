@@ -84,7 +84,7 @@ RECIPES = {
         {},
         "cross-entropy on 128 classes of other shapes and textures",
         "labels of classes that share no shape and no texture with an evaluated class; no digit",
-        Schedule(900, rate=3e-3),
+        Schedule(2400, batch=128, rate=3e-3),
         60_000,
     ),
     "infonce": Recipe(
@@ -105,7 +105,7 @@ RECIPES = {
 }
 OBJECTIVES = {"infonce": (objectives.InfoNCE, 128), "vicreg": (objectives.VICReg, 64)}  # and dimensions to compare
 SHOTS, SEEDS = (1, 4, 16), (1, 2, 3)  # of the tasks that encoders are measured on
-CHECKPOINTS = 6  # of a training, at which the validation curve is measured
+VALIDATE_EVERY = 500  # steps of a training, and at its end
 
 
 # ---- encoders ----------------------------------------------------------------------------------------------
@@ -420,13 +420,13 @@ def validation_watch(model: nn.Module, data: Ground | None, steps: int) -> tuple
 
     It has 16 shots and is judged on the validation images of which no beta is chosen; the mean over SEEDS.
     """
-    points, every = {}, max(1, steps // CHECKPOINTS)
+    points = {}
 
     def watch(losses: list[float]) -> None:
         done = len(losses)
         if done % 50 == 1 or done == steps:
             print(f"step {done:5d}  loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", flush=True)
-        if data is not None and (done % every == 0 or done == steps):
+        if data is not None and (done % VALIDATE_EVERY == 0 or done == steps):
             model.eval()
             points[str(done)] = validate(model, data)
             model.train()
