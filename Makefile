@@ -1,8 +1,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+SNAKEMAKE = $(BIN)/snakemake --cores 2 --quiet rules --rerun-triggers mtime
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test bench lab clean
+.PHONY: run test figures bench lab clean
 .DEFAULT_GOAL := run
 
 $(BIN)/ready: requirements.lock pyproject.toml
@@ -12,15 +13,20 @@ $(BIN)/ready: requirements.lock pyproject.toml
 	@touch $@
 
 run: $(BIN)/ready  ## the whole workbook on the embedded default
-	$(BIN)/snakemake --cores 2 --quiet rules --rerun-triggers mtime
+	$(SNAKEMAKE)
 	@$(BIN)/python -m lib summary runs
 
 test: $(BIN)/ready  ## ruff, then every test, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-bench: $(BIN)/ready  ## how fast it is, against plain loops; figures/91_* are redrawn for this machine
-	$(BIN)/python -m lib run 91_measure_speed --folder runs/91_measure_speed --figures figures
+figures: $(BIN)/ready  ## the gallery: the whole workbook once more at a clean commit, its figures to figures/
+	@test -z "$$(git status --porcelain -- . ':!figures/*.*g' ':!figures/*.json')" || { echo "commit first: figures name the code that drew them"; exit 1; }
+	$(SNAKEMAKE) --forceall
+	$(BIN)/python figures/collect.py runs
+
+bench: $(BIN)/ready  ## how fast it is, against plain loops; about 25 minutes, figure and record in runs/bench
+	$(BIN)/python tests/bench.py
 
 lab: $(BIN)/ready  ## explore
 	$(BIN)/jupyter lab notebooks

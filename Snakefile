@@ -1,15 +1,25 @@
 # The workbook as a graph of papermill runs. A run is a folder; it is done when its metrics.json is there.
 #
 #   snakemake --cores 2                                             the embedded default
-#   snakemake --cores 2 --config dataset=digits out=runs/digits     another data set, nothing written to figures/
+#   snakemake --cores 2 --config dataset=digits out=runs/digits     another data set, in a folder of its own
 #   snakemake --profile PROFILE                                     the same graph on SLURM or Kubernetes
 
-OUT = config.get("out", "runs")
-FIGURES = "--figures figures" if OUT == "runs" else ""
-SETTINGS = ({"datasets": config["dataset"]} if "dataset" in config else {}) | dict(config)  # the benchmark takes several
+from snakemake.exceptions import WorkflowError
+
 PASSED = ("dataset", "datasets", "clip", "aux", "shots", "seeds")  # to every notebook that has a parameter of the name
-GIVEN = " ".join(f"-p {name} {SETTINGS[name]}" for name in PASSED if name in SETTINGS)
-LIBRARY = sorted(str(path) for path in Path("lib").glob("*.py") if path.name not in ("pretraining.py", "drawing.py"))
+SETTINGS = ({"datasets": config["dataset"]} if "dataset" in config else {}) | dict(config)  # the benchmark takes several
+OUT = str(SETTINGS.pop("out", "runs"))
+if mistyped := [name for name in SETTINGS if name not in PASSED]:
+    raise WorkflowError(f"--config has no {', '.join(mistyped)}; known: out, {', '.join(PASSED)}")
+if SETTINGS and Path(OUT) == Path("runs"):
+    raise WorkflowError("runs/ is for the default parameters: give these settings a folder, --config out=runs/NAME")
+if set(OUT) & set("{}"):
+    raise WorkflowError(f"out={OUT}: braces are snakemake's wildcards")
+GIVEN = [word for name, value in SETTINGS.items() for word in ("-p", name, str(value))]
+RUN = [sys.executable, "-m", "lib", "run", "--lenient"]
+LIBRARY = sorted(map(str, Path("lib").rglob("*.py")))
+WORLD = ["data/benchmarks.json", *sorted(map(str, Path("data/embedded").glob("*.safetensors"))), "data/embedded/index.json"]
+WORLD += [path for path in ("data/embedded/world.py", "data/embedded/draw.py", "data/embedded/render.py") if Path(path).exists()]
 FIRST = "00_extract_features"  # fills the feature cache, so that no two notebooks extract the same images
 NOTEBOOKS = [
     "01_state_the_logit_bias",
@@ -23,29 +33,33 @@ NOTEBOOKS = [
 
 rule all:
     input:
-        expand(f"{OUT}/{{notebook}}/metrics.json", notebook=[FIRST, *NOTEBOOKS]),
+        [f"{OUT}/{name}/metrics.json" for name in (FIRST, *NOTEBOOKS)],
 
 
 rule first:
     input:
-        notebook=f"notebooks/{FIRST}.ipynb",
-        library=LIBRARY,
-        models="data/embedded/index.json",
+        f"notebooks/{FIRST}.ipynb",
+        LIBRARY,
+        WORLD,
     output:
         f"{OUT}/{FIRST}/metrics.json",
+    params:
+        command=lambda wildcards: [*RUN, FIRST, "--folder", f"{OUT}/{FIRST}", *GIVEN],
     shell:
-        f"{sys.executable} -m lib run {FIRST} --folder {OUT}/{FIRST} {FIGURES} --lenient {GIVEN}"
+        "{params.command:q}"
 
 
 rule notebook:
     input:
-        notebook="notebooks/{notebook}.ipynb",
-        library=LIBRARY,
-        features=f"{OUT}/{FIRST}/metrics.json",
-        published="data/published.csv",
+        "notebooks/{notebook}.ipynb",
+        LIBRARY,
+        f"{OUT}/{FIRST}/metrics.json",
+        "data/published.csv",
     output:
         f"{OUT}/{{notebook}}/metrics.json",
     wildcard_constraints:
         notebook="|".join(NOTEBOOKS),
+    params:
+        command=lambda wildcards: [*RUN, wildcards.notebook, "--folder", f"{OUT}/{wildcards.notebook}", *GIVEN],
     shell:
-        f"{sys.executable} -m lib run {{wildcards.notebook}} --folder {OUT}/{{wildcards.notebook}} {FIGURES} --lenient {GIVEN}"
+        "{params.command:q}"

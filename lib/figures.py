@@ -6,114 +6,105 @@ reproducible: the same numbers give the same bytes, as png for reading and as sv
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 
-COLUMN = 3.5  # width of a paper's column in inches; figures are one or two of them wide
+from lib.files import replace_file
+
+COLUMN, PAGE = 8 / 2.54, 17 / 2.54  # the two widths of a figure in inches: a paper's column, and its page
 ACCENT = "#c8321e"
 GREY = "#6e6e6e"
 
 # Okabe and Ito's palette, told apart in greyscale by the markers; families of methods share a hue.
+# fmt: off
 STYLES: dict[str, tuple[str, str]] = {
-    "zero_shot": (GREY, "_"),
-    "linear_probe": ("#000000", "x"),
-    "aux_only": ("#0072b2", "s"),
-    "amu": (ACCENT, "o"),
-    "amu_code": ("#e08a7e", "D"),
-    "amu_convex": ("#7a1d10", "^"),
-    "tip_adapter": ("#009e73", "v"),
-    "tip_adapter_f": ("#00634a", "^"),
-    "cafo": ("#56b4e9", "p"),
-    "clip_adapter": ("#b58900", "<"),
-    "taskres": ("#e69f00", ">"),
-    "text_probe": ("#8c6d1f", "1"),
-    "cross_modal": ("#b8902a", "2"),
-    "gda": ("#7b3294", "P"),
-    "ape": ("#3fa58a", "*"),
-    "lp_plus_plus": ("#4d4d4d", "X"),
-    "clap": ("#cc79a7", "h"),
-    "proker": ("#4f86b8", "d"),
-    "m_adapter": ("#1b9e77", "3"),
-    "transclip": ("#9e5ea8", "4"),
+    "zero_shot": (GREY, "_"), "linear_probe": ("#000000", "x"), "aux_only": ("#0072b2", "s"), "amu": (ACCENT, "o"),
+    "amu_code": ("#e08a7e", "D"), "amu_convex": ("#7a1d10", "^"), "tip_adapter": ("#009e73", "v"),
+    "tip_adapter_f": ("#00634a", "^"), "cafo": ("#56b4e9", "p"), "clip_adapter": ("#b58900", "<"),
+    "taskres": ("#e69f00", ">"), "text_probe": ("#8c6d1f", "1"), "cross_modal": ("#b8902a", "2"),
+    "gda": ("#7b3294", "P"), "ape": ("#3fa58a", "*"), "lp_plus_plus": ("#4d4d4d", "X"), "clap": ("#cc79a7", "h"),
+    "proker": ("#4f86b8", "d"), "m_adapter": ("#1b9e77", "3"), "transclip": ("#9e5ea8", "4"),
 }
+# fmt: on
 # A predictor looks like the method that made it known.
 STYLES |= {"head": STYLES["amu"], "cache": STYLES["tip_adapter"], "trained_cache": STYLES["tip_adapter_f"]}
 STYLES |= {"convex_head": STYLES["amu_convex"], "mlp": ("#5d4037", "H")}
 
+UNKNOWN = ("#8a7f72", ".")
 ENCODER_INKS = ("#0072b2", "#009e73", "#d55e00", "#000000", "#b58900", "#7b3294", "#56b4e9", "#cc79a7")
 ENCODER_MARKERS = "osD^vPXp"
 
 RC = {
-    "figure.dpi": 110,
-    "savefig.dpi": 200,
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "image.cmap": "cividis",
-    "svg.hashsalt": "logit-bias-workbook",
+    **{"figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "axes.titlelocation": "left"},
+    **{f"{part}.labelsize": 8 for part in ("axes", "xtick", "ytick")},
+    **{"font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 8, "legend.title_fontsize": 8, "axes.linewidth": 0.8},
+    **{f"{axis}.{kind}.width": 0.7 for axis in ("xtick", "ytick") for kind in ("major", "minor")},
+    **{f"{axis}.{kind}.size": size for axis in ("xtick", "ytick") for kind, size in (("major", 3.5), ("minor", 2))},
+    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
+    **{"grid.color": "#e6e6e6", "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 4},
+    **{"legend.frameon": False, "image.cmap": "cividis", "svg.hashsalt": "logit-bias-workbook"},
 }
 
 
 def use_style() -> None:
-    """Switch the workbook's look on for every figure that follows."""
-    mpl.rcParams.update(RC)
+    """Switch the workbook's look on for every figure that follows: seaborn's paper theme with our sizes."""
+    sns.set_theme("paper", "ticks", ENCODER_INKS, font="DejaVu Sans", rc=RC)
 
 
 def colour(method: str) -> str:
-    """Return the colour of a method; grey-brown for one that has none yet."""
-    return STYLES.get(method, ("#8a7f72", "."))[0]
+    """Colour of a method; grey-brown for one that has none yet."""
+    return STYLES.get(method, UNKNOWN)[0]
 
 
 def marker(method: str) -> str:
-    """Return the marker of a method."""
-    return STYLES.get(method, ("#8a7f72", "."))[1]
+    """Marker of a method."""
+    return STYLES.get(method, UNKNOWN)[1]
 
 
 def short_name(encoder: str) -> str:
-    """Return an encoder's name as axes have room for it: no library, no `aux_`."""
-    return "+".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split("+"))
+    """Name of an encoder as axes have room for it: no library, no `aux_`."""
+    return ",".join(part.split(":", 1)[-1].removeprefix("aux_") for part in encoder.split(","))
 
 
 def encoder_styles(encoders: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return colour and marker of each encoder, by its place in the list."""
-    count = len(ENCODER_INKS)
-    return {
-        name: {"color": ENCODER_INKS[i % count], "marker": ENCODER_MARKERS[i % count]}
-        for i, name in enumerate(encoders)
-    }
+    """Colour and marker of each encoder, by its place in the list."""
+    looks = zip(encoders, cycle(ENCODER_INKS), cycle(ENCODER_MARKERS), strict=False)
+    return {name: {"color": ink, "marker": mark} for name, ink, mark in looks}
+
+
+def dataset_styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour, marker and line of each data set: black and greys, since hues are methods' and encoders'."""
+    looks = zip(("#000000", "#8c8c8c", "#bdbdbd", "#5a5a5a"), "osD^", ("-", "--", ":", "-."), strict=True)
+    looks = [dict(zip(("color", "marker", "ls"), look, strict=True)) for look in looks]
+    return {name: looks[i % len(looks)] for i, name in enumerate(names)}
 
 
 def save_figure(fig: Figure, name: str, folder: Path) -> list[Path]:
-    """Write `folder/name.png` and `.svg`, each replaced in one step; return both paths."""
+    """Paths of `folder/name.png` and `.svg`, each written in one step; the same numbers give the same bytes.
+
+    The layout is computed once and then kept: constrained layout would move a little at every drawing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    dpi = fig.dpi
+    fig.set_dpi(RC["savefig.dpi"])  # letters are as wide as they will be
+    fig.draw_without_rendering()
+    fig.set_dpi(dpi)
+    fig.set_layout_engine("none")
     paths = []
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        path = folder / f"{name}{suffix}"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        fig.savefig(partial, format=suffix[1:], metadata=metadata)
-        os.replace(partial, path)
-        paths.append(path)
+    for kind, about in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        write = partial(fig.savefig, format=kind, dpi=RC["savefig.dpi"], metadata=about)
+        paths.append(replace_file(folder / f"{name}.{kind}", write))
     return paths
 
 
@@ -134,31 +125,18 @@ def shots_axis(ax: Axes, shots: Sequence[int]) -> None:
 
 
 def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]], gap: float = 0.045) -> None:
-    """Write each line's name beside its last point, moved apart where names would overlap.
-
-    Args:
-        ends: name -> (x, y, colour) in data units.
-        gap: smallest distance of two names as a share of the axis' height.
-    """
+    """Write each line's name beside its last point (x, y, colour), at least `gap` heights of the axes apart."""
     low, high = ax.get_ylim()
-    found = sorted(ends.items(), key=lambda item: item[1][1])
-    places = spread([(y - low) / (high - low) for _, (_, y, _) in found], gap)
-    for (name, (x, y, ink)), place in zip(found, places, strict=True):
-        ax.annotate(
-            name,
-            (x, y),
-            xytext=(1.04, place),
-            textcoords="axes fraction",
-            color=ink,
-            va="center",
-            fontsize=7,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)},
-        )
+    ordered = sorted(ends.items(), key=lambda item: item[1][1])
+    places = spread([(y - low) / (high - low) for _, (_, y, _) in ordered], gap)
+    for (name, (x, y, ink)), place in zip(ordered, places, strict=True):
+        line = {"arrowstyle": "-", "color": ink, "lw": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+        look = {"color": ink, "va": "center", "fontsize": 7, "annotation_clip": False, "arrowprops": line}
+        ax.annotate(name, (x, y), xytext=(1.04, place), textcoords="axes fraction", **look)
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Return places at least `gap` apart and inside [0, 1] where they fit, near the wanted ones, which must ascend."""
+    """Places at least `gap` apart and inside [0, 1] where they fit, near the wanted ones, which must ascend."""
     groups: list[tuple[float, int]] = []  # centre and size of runs of touching names
     for place in wanted:
         centre, size = place, 1
@@ -174,31 +152,28 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 
 
 def label_points(ax: Axes, points: Mapping[str, tuple[float, float, str]], away: float = 6) -> None:
-    """Write each point's name beside it, on the first side where it meets no other point and no other name.
+    """Write each name beside its point (x, y, colour), `away` in typographic points.
 
-    Args:
-        points: name -> (x, y, colour) in data units.
-        away: distance from the point in typographic points.
+    It takes the first side where it meets no other point and no other name, else the one where it meets fewest.
     """
     ax.figure.canvas.draw()
     radius = 0.8 * away * ax.figure.dpi / 72
-    taken = [
-        Bbox.from_extents(*at - radius, *at + radius) for at in (ax.transData.transform(p[:2]) for p in points.values())
-    ]
+    centres = [ax.transData.transform(point[:2]) for point in points.values()]
+    taken = [Bbox.from_extents(*at - radius, *at + radius) for at in centres]
     sides = [(1, 0, "left"), (-1, 0, "right"), (0, 1.4, "center"), (0, -1.4, "center"), (1, 1.4, "left")]
     sides += [(-1, 1.4, "right"), (1, -1.4, "left"), (-1, -1.4, "right"), (1, 2.8, "left"), (1, -2.8, "left")]
     for name, (x, y, ink) in points.items():
         text = ax.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", color=ink, fontsize=7)
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         boxes = []
-        for right, up, align in sides:
-            text.set(position=(right * away, up * away), ha=align)
+        for along, up, align in sides:
+            text.set(position=(along * away, up * away), ha=align)
             box = text.get_window_extent()
             inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
             boxes.append((sum(box.overlaps(other) for other in taken) + 2 * (not inside), len(boxes), box))
-        best = min(boxes, key=lambda found: found[:2])
-        right, up, align = sides[best[1]]
-        text.set(position=(right * away, up * away), ha=align)
+        best = min(boxes, key=lambda box: box[:2])
+        along, up, align = sides[best[1]]
+        text.set(position=(along * away, up * away), ha=align)
         taken.append(best[2])
 
 
@@ -216,68 +191,12 @@ def heat_map(
 ) -> None:
     """Draw a table as coloured cells with their numbers; light is more, cells without a number stay empty.
 
-    Args:
-        floor: values below it share its colour, so that a few bad ones do not hide the differences of the rest.
-        signed: the table holds losses and gains: white is 0, darker is further from it, and the sign is in the number.
+    A `signed` one holds losses and gains: white is 0, darker is further from it, and the sign is in the number. Values
+    below `floor` share its colour, so that a few bad ones do not hide the differences of the rest.
     """
-    values = table.to_numpy(dtype=float)
-    limit = float(np.nanmax(np.abs(values))) or 1.0
-    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {"vmin": floor}
-    shown = ax.imshow(values, aspect="auto", **look)
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            dark = abs(value) > 0.6 * limit if signed else shown.norm(value) < 0.55
-            ax.text(column, row, form.format(value), ha="center", va="center", fontsize=6, color="w" if dark else "k")
-    ax.set_xticks(range(table.shape[1]), table.columns)
-    ax.set_yticks(range(table.shape[0]), table.index)
-    ax.tick_params(length=0)
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
-
-
-def critical_difference(
-    ax: Axes,
-    ranks: pd.Series,
-    difference: float,
-    groups: Sequence[Sequence[str]],
-    labels: Mapping[str, tuple[str, str]],
-) -> None:
-    """Draw mean ranks on a line, best to the right; bars join methods that the ranks cannot tell apart.
-
-    Args:
-        ranks: of each method, 1 is best.
-        difference: Nemenyi's, drawn as a scale bar.
-        groups: of methods within the difference, see `metrics.cliques`.
-        labels: method -> (text, colour).
-    """
-    names = list(ranks.sort_values().index)
-    half = (len(names) + 1) // 2
-    ax.set(xlim=(len(names) + 0.5, 0.5), ylim=(-half - 1.5 - 0.45 * len(groups), 2.2))
-    ax.axis("off")
-    ax.plot([1, len(names)], [0, 0], color="k", lw=0.8)
-    for tick in range(1, len(names) + 1):
-        ax.plot([tick, tick], [0, 0.25], color="k", lw=0.8)
-        ax.text(tick, 0.45, str(tick), ha="center", va="bottom", fontsize=6)
-    ax.plot([1, 1 + difference], [1.7, 1.7], color="k", lw=1.5)
-    ax.text(1 + difference / 2, 1.8, f"critical difference {difference:.1f}", ha="center", va="bottom", fontsize=6)
-    depth = 0.45 * len(groups)
-    for level, group in enumerate(groups):
-        ends = [ranks[group[0]] - 0.1, ranks[group[-1]] + 0.1]
-        ax.plot(ends, [-0.35 - 0.45 * level] * 2, color="k", lw=2.5, solid_capstyle="round")
-    for place, name in enumerate(names):
-        text, ink = labels[name]
-        best = place < half
-        y = -depth - 1 - (place if best else len(names) - 1 - place)
-        edge = 0.5 if best else len(names) + 0.5
-        ax.plot([ranks[name], ranks[name], edge], [0, y, y], color=ink, lw=0.8)
-        ax.annotate(
-            f"{text}  {ranks[name]:.1f}" if not best else f"{ranks[name]:.1f}  {text}",
-            (edge, y),
-            xytext=(3 if best else -3, 0),
-            textcoords="offset points",
-            ha="left" if best else "right",
-            va="center",
-            fontsize=7,
-            color=ink,
-            annotation_clip=False,
-        )
+    limit = float(np.nanmax(np.abs(table.to_numpy(dtype=float)))) or 1.0
+    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if signed else {"cmap": "cividis", "vmin": floor}
+    numbers = table.map(form.format)
+    sns.heatmap(table.astype(float), ax=ax, annot=numbers, fmt="", annot_kws={"fontsize": 6}, cbar=False, **look)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0, rotation=0)

@@ -1,14 +1,18 @@
-"""Where things lie, and files that are whole or not there: roots, paths a user typed, hashes, atomic writes."""
+"""Where things lie, and files that are whole or not there: roots, paths a user typed, hashes, locks, atomic writes."""
 
 import difflib
 import hashlib
 import json
 import os
+import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,13 +28,10 @@ def cache_root(cache: Path | None = None) -> Path:
 
 
 def find_path(text: str | Path) -> Path:
-    """Path that a user typed; a relative one is looked for where the command was given, then below the root.
-
-    A kernel runs in the root, whatever folder its command was given in: the runner passes that on in LOGIT_BIAS_CWD.
-    """
-    path = Path(text).expanduser()
+    """Path that a user typed; a relative one is looked for where the command was given, then below the root."""
+    path = Path(text).expanduser()  # a kernel runs in the root: LOGIT_BIAS_CWD is where its command was given
     here = Path(os.environ.get("LOGIT_BIAS_CWD") or Path.cwd()) / path
-    return path if path.is_absolute() else here if here.exists() else ROOT / path
+    return here if path.is_absolute() or here.exists() else ROOT / path
 
 
 def file_hash(path: Path) -> str:
@@ -40,17 +41,36 @@ def file_hash(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _file_hash(path: Path, size: int, mtime: int) -> str:
+def _file_hash(path: Path, *_: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write a file so that it is either whole under its name, or not there.
+@contextmanager
+def locked(folder: Path, variable: str = "LOGIT_BIAS_CACHE") -> Iterator[None]:
+    """Hold `folder`, made where it is missing, for one writer; a second process waits for the first to end or die.
 
-    Raises:
-        OSError: naming the file, for instance when the disk is full.
+    Where the folder cannot be written, a ValueError names `variable`, by which the user chooses another.
     """
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"another process is making {folder}; waiting for it", file=sys.stderr)
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks: two writers then do the same work, harmlessly
+        pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); name another by {variable}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file so that it is either whole under its name, or not there; an OSError names it."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(partial, "wb") as stream:
@@ -72,11 +92,11 @@ def write_json(path: Path, value: object) -> Path:
 
 
 def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
-    """Hint for an unknown name: `did you mean 'x'? known: x, y, z`."""
+    """Hint for an unknown name: `did you mean 'x'? known: x, y, z`; more than 60 names are not spelt out."""
     names = list(names)
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{hint}known: {', '.join(names)}"
+    return f"{hint}known: {', '.join(names) if len(names) <= 60 else f'{len(names)} names'}"
 
 
 def one_line(error: BaseException) -> str:

@@ -1,314 +1,307 @@
 """Few-shot tasks: K labelled images per class, and everything a logit bias may look at.
 
-A task holds three parts with the same fields. The `support` is what a method learns from, `val` is what it
-may choose hyper-parameters on, and `test` is what it is judged by. Rows are L2-normalised here, once, so that
-every module below works on unit rows; the features on disk keep their encoder's own scale.
+A method learns from a task's `support`, may choose hyper-parameters on `val`, and is judged on `test`. Rows are
+L2-normalised here, once: all modules below work on unit rows, while features on disk keep their encoder's scale.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from lib import features
+from lib.features import LOGIT_SCALE, FeatureBank, Features, TextFeatures, datasets, load_many, load_text
 
-LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
 PROTOCOLS = ("val", "fixed", "oracle")
-EMBEDDED_AUX = tuple(f"embedded:{name}" for name in ("supervised", "vicreg", "mae", "supervised-colour", "random"))
+Arrays = Mapping[str, Any]  # tensors, arrays or lists
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a task; row i of every field is the same image.
+    """One part of a task; row i of every field is the same image."""
 
-    Attributes:
-        clip: unit rows from CLIP's image tower.
-        aux: unit rows from the auxiliary encoder.
-        y: class index in [0, C).
-        zero_shot: 100 x cosine to the class texts, `s0` in the formulas.
-    """
-
-    clip: Float[Tensor, "n D"]
-    aux: Float[Tensor, "n Da"]
-    y: Int64[Tensor, " n"]
-    zero_shot: Float[Tensor, "n C"]
+    clip: Float[Tensor, "n D"]  # unit rows from CLIP's image tower
+    aux: Float[Tensor, "n Da"]  # unit rows from the auxiliary encoder
+    y: Int64[Tensor, " n"]  # class index; in a test part also -1, an image of a class that the task has not
+    zero_shot: Float[Tensor, "n C"]  # 100 x cosine to the class texts, `s0` in the formulas; zeros without texts
+    classes: Int64[Tensor, " M"] | None = None  # predictions are an argmax over these: the test set's (None: all)
 
     def __len__(self) -> int:
         return len(self.y)
 
     def features(self, kind: str) -> Float[Tensor, "n d"]:
-        """Return the rows a predictor is fed: `clip`, `aux` or `clip+aux` (both, each weighing one half)."""
-        if kind == "clip+aux":
-            return torch.cat([self.clip, self.aux], dim=1) * 0.5**0.5
-        if kind not in ("clip", "aux"):
+        """Rows that a predictor is fed: `clip`, `aux` or `clip+aux` (both, each weighing one half)."""
+        if kind not in ("clip", "aux", "clip+aux"):
             raise ValueError(f"features are 'clip', 'aux' or 'clip+aux', not {kind!r}")
-        return getattr(self, kind)
+        return torch.cat([self.clip, self.aux], dim=1) * 0.5**0.5 if kind == "clip+aux" else getattr(self, kind)
 
-    def rows(self, index: Int64[Tensor, " m"]) -> Split:
-        """Return the chosen rows as a split of their own."""
-        return Split(self.clip[index], self.aux[index], self.y[index], self.zero_shot[index])
+    def rows(self, index: Int64[Tensor, " m"]) -> "Split":
+        """The chosen rows as a split of their own."""
+        return Split(self.clip[index], self.aux[index], self.y[index], self.zero_shot[index], self.classes)
 
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """A K-shot classification task with zero-shot logits.
+    """A K-shot classification task with zero-shot logits."""
 
-    Attributes:
-        support: `shots` images of each class, class by class.
-        val: images for choosing hyper-parameters; None under the protocol that chooses nothing.
-        test: images for the verdict; None in the copy that tuning gets.
-        text: unit class texts.
-        shots: images per class in the support.
-        seed: the seed that drew the support and the validation images.
-        views: augmented renderings of the support, row for row; empty when only plain images were encoded.
-    """
-
-    support: Split
-    val: Split | None
-    test: Split | None
-    text: Float[Tensor, "C D"]
+    support: Split  # at least one image of each class; class by class if drawn
+    val: Split | None  # images for choosing hyper-parameters; None where there are none, or none may be used
+    test: Split | None  # images for the verdict; None in the copy that tuning gets
+    text: Float[Tensor, "C D"] | None  # unit class texts; None where the features come without
     classnames: tuple[str, ...]
-    shots: int
-    seed: int
+    shots: int  # support images of the class that has most
+    seed: int  # it drew the support and the validation images
     name: str = "arrays"
-    views: tuple[Split, ...] = ()
+    views: tuple[Split, ...] = ()  # augmented renderings of the support, row for row
+    rows: Int64[Tensor, " n"] | None = None  # the support's rows in the training part, ascending; None from arrays
 
     @property
     def num_classes(self) -> int:
-        return len(self.text)
+        return len(self.classnames)
+
+    @property
+    def counts(self) -> Int64[Tensor, " C"]:  # support images of each class
+        return torch.bincount(self.support.y, minlength=self.num_classes)
 
     @classmethod
     def from_arrays(
         cls,
         *,
-        text: Float[Tensor, "C D"],
-        support: Mapping[str, Tensor],
-        val: Mapping[str, Tensor],
-        test: Mapping[str, Tensor],
+        support: Arrays,  # `clip [n, D]`, `aux [n, Da]` and `y [n]`; CLIP's rows stand in where no part has `aux`
+        val: Arrays | None,
+        test: Arrays,  # may have labels -1 and `classes`, see `Split`
+        text: Any = None,  # one row per class; without it, `classnames` or `num_classes` is needed
         classnames: Sequence[str] | None = None,
+        num_classes: int | None = None,
         seed: int = 0,
         name: str = "arrays",
-        views: Sequence[Mapping[str, Tensor]] = (),
-    ) -> FewShotTask:
-        """Build a task from plain arrays: features of any scale, labels as integers.
-
-        Args:
-            text: one row per class.
-            support, val, test: each a mapping with `clip [n, D]`, `aux [n, Da]` and `y [n]`.
-            views: augmented renderings of the support, in its row order.
-
-        Raises:
-            ValueError: shapes, label ranges or class counts disagree, a class has another number of support
-                images than the rest, a feature is NaN or infinite, or a row is all zeros.
-        """
-        names = tuple(classnames) if classnames is not None else tuple(f"class {c}" for c in range(len(text)))
-        if len(names) != len(text):
-            raise ValueError(f"{name}: {len(names)} class names but text features for {len(text)} classes")
-        unit_text = _unit(text, f"{name}: text features")
-        parts = {
-            part: _split(arrays, unit_text, f"{name}, {part}")
-            for part, arrays in (("support", support), ("val", val), ("test", test))
-        }
+        views: Sequence[Arrays] = (),  # augmented renderings of the support, in its row order
+    ) -> "FewShotTask":
+        """A task from plain arrays: features of any scale, labels as integers; what does not fit is refused."""
+        text = None if text is None else _unit(text, f"{name}: text features")
+        named = {"text": text, "classnames": classnames, "num_classes": range(num_classes) if num_classes else None}
+        sizes = {what: len(classes) for what, classes in named.items() if classes is not None}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"{name}: text, classnames or num_classes must give one number of classes, not {sizes}")
+        names = tuple(classnames or (f"class {c}" for c in range(max(sizes.values()))))
+        arrays = {"support": support, "test": test} | ({} if val is None else {"val": val})
+        arrays |= {f"view {i}": view for i, view in enumerate(views)}
+        with_aux = any("aux" in part for part in arrays.values())
+        parts = {part: _split(given, text, len(names), with_aux, name, part) for part, given in arrays.items()}
         widths = {part: split.aux.shape[1] for part, split in parts.items()}
         if len(set(widths.values())) > 1:
             raise ValueError(f"{name}: auxiliary features have different dimensions: {widths}")
-        shots = _shots(parts["support"].y, names, name)
-        view_splits = tuple(_split(v, unit_text, f"{name}, view {i}") for i, v in enumerate(views))
-        for i, view in enumerate(view_splits):
-            if not torch.equal(view.y, parts["support"].y):
-                raise ValueError(f"{name}: view {i} has other labels than the support, whose rows it must follow")
-        return cls(**parts, text=unit_text, classnames=names, shots=shots, seed=seed, name=name, views=view_splits)
+        if not parts["test"]:
+            raise ValueError(f"{name}: test has no images")
+        support, test, val = parts.pop("support"), parts.pop("test"), parts.pop("val", None) or None  # if not empty
+        counts = torch.bincount(support.y, minlength=len(names))
+        if not counts.all():
+            raise ValueError(f"{name}: support has no image of class {names[int(counts.argmin())]!r}")
+        for part, view in parts.items():
+            if not torch.equal(view.y, support.y):
+                raise ValueError(f"{name}: {part} has other labels than the support, whose rows it must follow")
+        return cls(support, val, test, text, names, int(counts.max()), seed, name, tuple(parts.values()))
 
-    def for_tuning(self, protocol: str) -> FewShotTask:
-        """Return the copy that a method may learn from and choose on; it holds no test part.
+    def for_tuning(self, protocol: str) -> "FewShotTask":
+        """The copy, without test part, that a method may learn from and choose on: `val` leaves val, `fixed` nothing.
 
-        `val` leaves support and validation images, `fixed` the support alone. Under `oracle` the test images take
-        the place of the validation images: results of that protocol are optimistic and must carry its name.
+        `oracle` chooses on the test images of the task's classes; its results are optimistic and must carry its name.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
-        if protocol == "oracle":
-            if self.test is None:
-                raise ValueError("the oracle protocol needs test images, this task has none")
-            return replace(self, val=self.test, test=None)
-        return replace(self, val=self.val if protocol == "val" else None, test=None)
+        if protocol != "oracle":
+            return replace(self, val=self.val if protocol == "val" else None, test=None)
+        labelled = self.test.y >= 0 if self.test else torch.zeros(0, dtype=torch.bool)
+        if not labelled.any():
+            raise ValueError("the oracle protocol needs test images of the task's classes, this task has none")
+        return replace(self, val=self.test if labelled.all() else self.test.rows(labelled.nonzero()[:, 0]), test=None)
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """All features of one data set under one CLIP and one auxiliary encoder, from which tasks are drawn.
+    """Features of a data set under CLIP and an auxiliary encoder, mapped into memory until a task is drawn."""
 
-    `clip` and `aux` hold `train`, `val`, `test`, and, where they were asked for, `views` of shape [V, n, D]; `aux` one
-    entry for each encoder. Rows stay on disk, mapped into memory, until a task is drawn.
-    """
+    name: str  # the data set that tasks learn from
+    test_name: str  # the data set that they are tested on
+    classnames: tuple[str, ...]
+    parts: Mapping[str, Sequence[Features]]  # of train, test, perhaps val and views: CLIP's, then the auxiliary ones
+    text: TextFeatures | None  # None where the bank has none
+    class_map: Int64[Tensor, " T"]  # for each class of the test set its index in the task, -1 for none
+    encoders: tuple[str, str]  # CLIP and auxiliary; "clip" where CLIP's own features stand in for these
+    fingerprints: Mapping[str, str]  # of `text` and of each `part/encoder`
 
-    name: str
-    clip: Mapping[str, features.Features]
-    aux: Mapping[str, Sequence[features.Features]]
-    text: features.TextFeatures
-    shot_index: Int64[Tensor, " n"] | None
-    encoders: tuple[str, str]
-    fingerprints: Mapping[str, str]
+    @cached_property
+    def test(self) -> Split:
+        """The test part, normalised once for all tasks; without a common class there is nothing to restrict to."""
+        common = self.class_map[self.class_map >= 0].unique()
+        some = 0 < len(common) < len(self.classnames)
+        return replace(self.split("test", slice(None)), classes=common if some else None)
+
+    def split(self, part: str, rows: Int64[Tensor, " n"] | slice, view: int | None = None) -> Split:
+        """Some rows of a part; several auxiliary encoders' unit rows stand side by side."""
+        clip, *aux = ((f.x if view is None else f.x[view])[rows] for f in self.parts[part])
+        y = self.parts[part][0].y[rows]
+        arrays = {"clip": clip, "y": self.class_map[y] if part == "test" else y}
+        if aux:
+            arrays["aux"] = aux[0] if len(aux) == 1 else torch.cat([normalize(x, dim=1) for x in aux], dim=1)
+        return _split(arrays, self.text and self.text.x, len(self.classnames), bool(aux), self.name, part)
 
 
 def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, tuple[str, ...]]:
-    """Return the names of a data set's CLIP encoder and auxiliary encoders.
+    """Names of the CLIP encoder and of the auxiliary ones, which `aux` joins by commas.
 
-    `auto` stands for the embedded ones, or for those of the bank: its first CLIP file, all its auxiliary files.
+    `auto` takes a bank's first CLIP file and all its auxiliary files, or "clip" (CLIP's own features) where it has
+    none; of images the auxiliary encoders that the card names, else the embedded ones.
     """
-    if dataset.startswith("features:"):
-        clips, known = features.bank_encoders(dataset)
+    card = _card(dataset)
+    if isinstance(card, FeatureBank):
+        own_clip, own_aux = card.clip_encoders[0], card.aux_encoders or ("clip",)
     else:
-        clips, known = ("embedded:clip",), EMBEDDED_AUX
-    if (clip == "auto" and not clips) or (aux == "auto" and not known):
-        raise ValueError(f"{dataset} holds CLIP features {clips} and auxiliary features {known}; one of each is needed")
-    return clips[0] if clip == "auto" else clip, tuple(known) if aux == "auto" else tuple(aux.split("+"))
+        own_clip, own_aux = "embedded:clip", card.aux or datasets.load("shapes").aux
+    return own_clip if clip == "auto" else clip, own_aux if aux == "auto" else tuple(aux.split(","))
 
 
 def load_source(
-    dataset: str,
+    dataset: str,  # a name that `datasets.load` knows, or `features:PATH`
     clip: str = "auto",
-    aux: str = "auto",
+    aux: str = "auto",  # several joined by commas, see `encoders`; auto: the first of them
     *,
-    templates: str = "auto",
-    views: int = 0,
-    device: str = "auto",
-    precision: str = "fp32",
-    **extraction: object,
+    test: str = "",  # the data set to test on, if another; classes are matched by WordNet code, else by name
+    templates: str = "auto",  # auto: the data set's own prompts; else `7`, `80` or a file, see `datasets.prompts`
+    views: int = 0,  # random crops and flips of each training image, which heads are then trained on
+    need_text: bool = True,  # False lets a bank without text features pass; zero-shot logits are then zeros
+    **extraction: Any,  # options of `features.load_many` (device, precision, batch_size, quarantine, ...)
 ) -> TaskSource:
-    """Load (or extract once) the features of a data set.
-
-    Args:
-        dataset: a name that `datasets.load` knows, or `features:PATH`.
-        clip: a CLIP encoder by name, or `auto`, see `encoders`.
-        aux: an auxiliary encoder by name, several joined by `+` (unit rows side by side), or `auto` for the first.
-        templates: `auto` for the data set's own prompts; else `7`, `80` or a file, see `datasets.prompts`.
-        views: random crops and flips of each training image, which heads are then trained on; 0 for none.
-        device, precision, extraction: passed on to `features.load_many` (batch_size, num_workers, ...).
-    """
+    """Features of a data set, extracted if not yet cached."""
     if views == 1 or views < 0:
         raise ValueError(f"views is 0 (plain images) or at least 2 random crops, not {views}")
+    test = test or dataset
+    card, test_card = _card(dataset), _card(test)
+    if "train" not in card.splits:
+        raise ValueError(f"{dataset} can be tested on, not learned from: learn from another with test={dataset!r}")
     clip, auxiliaries = encoders(dataset, clip, aux)
-    if aux == "auto":
-        auxiliaries = auxiliaries[:1]
-    options = {} if dataset.startswith("features:") else {"device": device, "precision": precision} | extraction
-    prompts = None if templates == "auto" else templates
-    text = features.load_text(
-        dataset, clip, prompts, **({k: options[k] for k in ("device", "precision") if k in options})
-    )
-    clip_parts, aux_parts, prints = {}, {}, {"text": text.fingerprint}
-    for part in ("train", "val", "test", *(["views"] if views else [])):
-        shown = {"views": views} if part == "views" else {}
-        split = "train" if part == "views" else part
-        first, *rest = features.load_many(dataset, split, [clip, *auxiliaries], **options, **shown)  # one decoding pass
-        clip_parts[part], aux_parts[part] = first, rest
-        prints |= {f"{part}/{f.backbone}": f.fingerprint for f in (first, *rest)}
-    index = features.bank_shot_index(dataset) if dataset.startswith("features:") else None
-    return TaskSource(dataset, clip_parts, aux_parts, text, index, (clip, "+".join(auxiliaries)), prints)
+    auxiliaries = auxiliaries[:1] if aux == "auto" else auxiliaries
+    if aux == "auto" and auxiliaries == ("clip",):
+        print(f"{dataset} has no auxiliary features; CLIP's own stand in for them (aux=clip)")
+    names = [clip] if auxiliaries == ("clip",) else [clip, *(clip if a == "clip" else a for a in auxiliaries)]
+    is_bank = isinstance(card, FeatureBank)
+    banked = {*test_card.clip_encoders, *test_card.aux_encoders} if isinstance(test_card, FeatureBank) else set()
+    if (is_bank or banked) and not set(names) <= banked:
+        raise ValueError(f"{test} does not have the features {' and '.join(names)} that {dataset} is learned with")
+    options = {} if is_bank else extraction
+    parts = {split: load_many(dataset, split, names, **options) for split in ("train", "val") if split in card.splits}
+    parts["test"] = load_many(test, "test", names, **options)
+    if views:
+        parts["views"] = load_many(dataset, "train", names, views=views, **options)
+    for encoder, learned, tested in zip(names, parts["train"], parts["test"], strict=True):
+        dims, test_dims = learned.x.shape[1], tested.x.shape[1]
+        if dims != test_dims:
+            raise ValueError(f"{encoder} has {dims} dimensions in {dataset}, {test_dims} in {test}")
+    prints = {f"{part}/{f.encoder}": f.fingerprint for part, group in parts.items() for f in group}
+    text = None
+    if need_text or not is_bank or card.has_text(clip):
+        shared = {key: options[key] for key in ("device", "precision", "cache") if key in options}
+        text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
+        text, prints["text"] = replace(text, x=_unit(text.x, f"{dataset}: text features")), text.fingerprint
+    codes = [getattr(one, "codes", ()) for one in (card, test_card)]
+    classnames = [parts[part][0].classnames for part in ("train", "test")]
+    class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
+    return TaskSource(dataset, test, classnames[0], parts, text, class_map, (clip, ",".join(auxiliaries)), prints)
 
 
-def sample(bank: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
-    """Draw a K-shot task: nested in `shots` (the 4 shots of a seed contain its 2 shots), stratified by class.
+def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
+    """A K-shot task, stratified by class; the 4 shots of a seed contain its 2 shots.
 
-    Args:
-        shots: support images per class, 1 or more.
-        seed: 0 takes a bank's own shot order where it has one; any other seed permutes.
-        val_shots: validation images per class, at most `shots` of them (CoOp's min(K, 4)); 0 keeps all.
-
-    Raises:
-        ValueError: a class has fewer training images than `shots`.
+    A class with fewer training images gives all it has, but one must have `shots`. Validation images are at most
+    min(shots, val_shots) per class, CoOp's min(K, 4); 0 keeps all.
     """
-    train, val = bank.clip["train"], bank.clip["val"]
-    if shots < 1:
-        raise ValueError(f"shots must be 1 or more, not {shots}")
-    counts = torch.bincount(train.y, minlength=len(bank.text.classnames))
-    if shots > counts.min():
-        poorest = bank.text.classnames[int(counts.argmin())]
-        raise ValueError(
-            f"{bank.name}: {shots} shots asked for, but class {poorest!r} has {int(counts.min())} training images"
-        )
+    if shots < 1 or val_shots < 0:
+        raise ValueError(f"shots must be 1 or more and val_shots 0 or more, not {shots} and {val_shots}")
+    y, names = source.parts["train"][0].y, source.classnames
+    counts = torch.bincount(y, minlength=len(names))
+    extreme = int(counts.argmax() if counts.all() else counts.argmin())
+    if shots > counts[extreme]:
+        size = f"{int(counts[extreme])} training images{', and no class has more' if counts.all() else ''}"
+        raise ValueError(f"{source.name}: {shots} shots asked for, but class {names[extreme]!r} has {size}")
     generator = torch.Generator().manual_seed(seed)
-    rank = _rank_in_class(train.y, generator)
-    if bank.shot_index is not None and seed == 0:
-        rank = bank.shot_index
-    chosen = torch.argsort(train.y * len(train.y) + rank)  # class by class, by rank inside the class
-    chosen = chosen[rank[chosen] < shots]
-    val_rank = _rank_in_class(val.y, generator)
-    keep = torch.arange(len(val.y)) if val_shots == 0 else torch.nonzero(val_rank < min(shots, val_shots))[:, 0]
-    shown = [bank.clip["views"], *bank.aux["views"]] if "views" in bank.clip else []
-    part = {"train": chosen, "val": keep, "test": slice(None)}
-    arrays = {
-        p: {"clip": bank.clip[p].x[rows], "aux": _joined([f.x[rows] for f in bank.aux[p]]), "y": bank.clip[p].y[rows]}
-        for p, rows in part.items()
-    }
-    return FewShotTask.from_arrays(
-        text=bank.text.x,
-        support=arrays["train"],
-        val=arrays["val"],
-        test=arrays["test"],
-        classnames=bank.text.classnames,
-        seed=seed,
-        name=bank.name,
-        views=[
-            {"clip": clip[chosen], "aux": _joined([x[chosen] for x in aux]), "y": train.y[chosen]}
-            for clip, *aux in zip(*(f.x for f in shown), strict=True)
-        ],
-    )
+    rows = _draw_rows(y, shots, generator)
+    val_y = source.parts["val"][0].y if "val" in source.parts else y[:0]
+    val_rows = _draw_rows(val_y, min(shots, val_shots) or len(val_y), generator).sort().values
+    val = source.split("val", val_rows) if len(val_rows) else None
+    num_views = len(source.parts["views"][0].x) if "views" in source.parts else 0
+    views = tuple(source.split("views", rows, view) for view in range(num_views))
+    name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
+    support, rows = source.split("train", rows), rows.sort().values
+    return FewShotTask(support, val, source.test, source.text and source.text.x, names, shots, seed, name, views, rows)
 
 
-def _rank_in_class(y: Int64[Tensor, " n"], generator: torch.Generator) -> Int64[Tensor, " n"]:
-    """Return each row's place in a random order of its own class, from 0."""
+def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
+    """Tasks of seeds 1 to `seeds`; equal supports (K of K images, or `imagenet@16/1`) come once."""
+    if seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, not {seeds}")
+    tasks = [sample(source, shots, seed, val_shots) for seed in range(1, seeds + 1)]
+    return [task for i, task in enumerate(tasks) if not any(torch.equal(task.rows, t.rows) for t in tasks[:i])]
+
+
+def _card(dataset: str) -> FeatureBank | datasets.Dataset:
+    return FeatureBank(dataset) if dataset.startswith("features:") else datasets.load(dataset)
+
+
+def _match(classes: Sequence[str], test_classes: Sequence[str], what: str) -> Int64[Tensor, " T"]:
+    """Index of each class of the test set among the task's classes, -1 for none."""
+    mine, others = ([datasets.plain_name(name) for name in group] for group in (classes, test_classes))
+    if len(set(mine)) < len(mine) and mine != others:
+        raise ValueError(f"{what}: two classes of one name, {max(mine, key=mine.count)!r}, cannot be matched by it")
+    index = {name: c for c, name in enumerate(mine)}
+    return torch.arange(len(mine)) if mine == others else torch.tensor([index.get(name, -1) for name in others])
+
+
+def _draw_rows(y: Int64[Tensor, " n"], count: int, generator: torch.Generator) -> Int64[Tensor, " m"]:
+    """The first `count` rows (or all) of each class in a random order, class by class."""
     order = torch.randperm(len(y), generator=generator)
     order = order[torch.argsort(y[order], stable=True)]
-    start = torch.cumsum(torch.bincount(y), 0) - torch.bincount(y)
-    rank = torch.empty_like(y)
-    rank[order] = torch.arange(len(y)) - start[y[order]]
-    return rank
+    sizes = torch.bincount(y)
+    place = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[order]]
+    return order[place < count]
 
 
-def _joined(parts: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n Da"]:
-    """Return the rows of several encoders side by side, each of unit length."""
-    return torch.cat([F.normalize(x, dim=1) for x in parts], dim=1) if len(parts) > 1 else parts[0]
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.tensor(np.ascontiguousarray(values))
 
 
-def _unit(x: Float[Tensor, "n d"], what: str) -> Float[Tensor, "n d"]:
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x).all(dim=1)).sum())
-        raise ValueError(f"{what}: {bad} of {len(x)} rows hold NaN or infinite values")
-    norms = x.float().norm(dim=1, keepdim=True)
-    if (norms == 0).any():
-        raise ValueError(f"{what}: {int((norms == 0).sum())} of {len(x)} rows are all zeros and have no direction")
-    return x.float() / norms
+def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
+    """Rows of length 1, float32."""
+    x = _tensor(values).float()
+    if x.ndim != 2:
+        raise ValueError(f"{what} must be rows [n, d], not {tuple(x.shape)}")
+    norms = x.norm(dim=1, keepdim=True)  # NaN or infinite where a value is
+    for wrong, fault in ((~norms.isfinite(), "hold NaN or infinite values"), (norms == 0, "are all zeros")):
+        if wrong.any():
+            raise ValueError(f"{what}: {int(wrong.sum())} of {len(x)} rows {fault}")
+    return x / norms
 
 
-def _split(arrays: Mapping[str, Tensor], text: Float[Tensor, "C D"], what: str) -> Split:
-    missing = {"clip", "aux", "y"} - set(arrays)
-    if missing:
-        raise ValueError(f"{what}: needs clip, aux and y, lacks {', '.join(sorted(missing))}")
-    clip, aux, y = arrays["clip"], arrays["aux"], arrays["y"].long()
+def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:
+    """One part, checked; -1 may stand among the labels of `test` alone."""
+    what, keys = f"{name}, {part}", ("clip", "aux", "y") if with_aux else ("clip", "y")
+    if missing := [key for key in keys if key not in arrays]:
+        raise ValueError(f"{what}: needs {', '.join(keys)}; lacks {', '.join(missing)}")
+    clip, y = _unit(arrays["clip"], f"{what}: CLIP features"), _tensor(arrays["y"])
+    aux = _unit(arrays["aux"], f"{what}: auxiliary features") if with_aux else clip
+    if y.ndim != 1 or (len(y) and y.is_floating_point()):
+        raise ValueError(f"{what}: labels must be whole numbers [n], not {y.dtype} {tuple(y.shape)}")
     if not len(clip) == len(aux) == len(y):
         raise ValueError(f"{what}: {len(clip)} CLIP rows, {len(aux)} auxiliary rows, {len(y)} labels")
-    if clip.shape[1] != text.shape[1]:
+    if text is not None and clip.shape[1] != text.shape[1]:
         raise ValueError(f"{what}: CLIP features have {clip.shape[1]} dimensions, text features {text.shape[1]}")
-    if len(y) and (int(y.min()) < 0 or int(y.max()) >= len(text)):
-        raise ValueError(f"{what}: labels run from {int(y.min())} to {int(y.max())}, text has {len(text)} classes")
-    clip = _unit(clip, f"{what}: CLIP features")
-    return Split(clip, _unit(aux, f"{what}: auxiliary features"), y, LOGIT_SCALE * clip @ text.T)
-
-
-def _shots(y: Int64[Tensor, " n"], classnames: Sequence[str], what: str) -> int:
-    counts = torch.bincount(y, minlength=len(classnames))
-    if int((counts > 0).sum()) != len(classnames):
-        raise ValueError(f"{what}: support has {int((counts > 0).sum())} classes, text has {len(classnames)}")
-    if int(counts.min()) != int(counts.max()):
-        low, high = int(counts.argmin()), int(counts.argmax())
-        raise ValueError(
-            f"{what}: every class needs the same number of support images, but {classnames[low]!r} has "
-            f"{int(counts[low])} and {classnames[high]!r} has {int(counts[high])}"
-        )
-    return int(counts[0])
+    y = y.long()
+    low, high = (int(y.min()), int(y.max())) if len(y) else (0, 0)
+    if low < (-1 if part == "test" else 0) or high >= num_classes:
+        raise ValueError(f"{what}: labels run from {low} to {high}, the task has {num_classes} classes")
+    zero_shot = torch.zeros(len(clip), num_classes) if text is None else LOGIT_SCALE * clip @ text.T
+    return Split(clip, aux, y, zero_shot, arrays.get("classes"))

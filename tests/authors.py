@@ -1,5 +1,6 @@
 """Inputs and outputs of the authors' own code (tests/references), and how close ours come to them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,3 +36,15 @@ def error(ours, theirs):
     """Return the largest deviation relative to the spread of the reference."""
     spread = (theirs.max() - theirs.min()).clamp_min(1e-12)
     return ((ours - theirs).abs().max() / spread).item()
+
+
+def unequal(task):
+    """The task with 1, 3 and otherwise all support images per class, classes shuffled."""
+    support, seen = task.support, torch.zeros(task.num_classes, dtype=torch.int64)
+    keep = []
+    for row, c in enumerate(support.y.tolist()):
+        seen[c] += 1
+        if seen[c] <= {0: 1, 1: 3}.get(c, len(support)):
+            keep.append(row)
+    order = torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))
+    return replace(task, support=support.rows(torch.tensor(keep)[order]))

@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["lib", "draw", "world", "objectives", "train"], "beartype.beartype")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "data"), str(ROOT / "data" / "embedded")]
+sys.path[:0] = [str(ROOT / "data"), str(ROOT / "data" / "embedded"), str(ROOT / "figures")]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -73,7 +73,7 @@ def embedded(tmp_path_factory):
 @pytest.fixture
 def small_encoders(embedded, monkeypatch, tmp_path):
     """Let `embedded:` mean those encoders, and the cache a folder of the test's own."""
-    from lib.features import recipes
+    from lib.features import encoders
 
-    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", embedded)
+    monkeypatch.setattr(encoders, "EMBEDDED_FOLDER", embedded)
     monkeypatch.setenv("LOGIT_BIAS_CACHE", str(tmp_path / "cache"))

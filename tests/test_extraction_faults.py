@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -17,8 +18,9 @@ from PIL import Image
 from small_models import write_folder
 
 from lib import features
-from lib.features import encoders as backbones
 from lib.features import extraction
+from lib.features.encoders import Encoder
+from lib.files import file_hash, locked
 
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 needs_fork = pytest.mark.skipif(FORK is None, reason="fork is safe with torch on Linux only")
@@ -45,10 +47,8 @@ def bank(cache) -> dict[str, bytes]:
 
 def count_encoded(patch) -> list[int]:
     """Return a list that grows by the size of every batch from now on."""
-    sizes, encode = [], backbones.Encoder.encode_images
-    patch.setattr(
-        backbones.Encoder, "encode_images", lambda self, batch: sizes.append(len(batch)) or encode(self, batch)
-    )
+    sizes, encode = [], Encoder.encode_images
+    patch.setattr(Encoder, "encode_images", lambda self, batch: sizes.append(len(batch)) or encode(self, batch))
     return sizes
 
 
@@ -70,8 +70,8 @@ def test_killed_at_random_moments_it_resumes_and_ends_with_the_same_bytes(tmp_pa
     moments, kills = random.Random(5), 0
 
     def slowly():  # 60 batches of 20 ms: a run that is killed within 0.4 s cannot finish them alone
-        encode = backbones.Encoder.encode_images
-        backbones.Encoder.encode_images = lambda self, batch: time.sleep(0.02) or encode(self, batch)
+        encode = Encoder.encode_images
+        Encoder.encode_images = lambda self, batch: time.sleep(0.02) or encode(self, batch)
         extract(own, tmp_path / "broken")
 
     for _ in range(40):
@@ -157,7 +157,7 @@ def test_two_processes_make_one_bank(own, tmp_path):
 @needs_fork
 def test_a_dead_rival_does_not_hold_the_lock(own, tmp_path):
     def hang():
-        backbones.Encoder.encode_images = lambda *_: time.sleep(60)
+        Encoder.encode_images = lambda *_: time.sleep(60)
         extract(own, tmp_path / "shared")
 
     child = FORK.Process(target=hang)
@@ -259,7 +259,7 @@ def small_disk(tmp_path):
 def test_a_disk_too_small_is_refused_before_any_work(own, small_disk, monkeypatch):
     filler = small_disk / "filler"
     filler.write_bytes(bytes(2**20 - 16_384))
-    monkeypatch.setattr(backbones.Encoder, "encode_images", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(Encoder, "encode_images", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=r"has 0.0 MB free, extraction needs 0.5 MB .*LOGIT_BIAS_CACHE"):
         extract(own, small_disk / "cache", views=40)
 
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_whole_shards_only(own, small_disk
     assert caught.value.errno == errno.ENOSPC
     assert not [p for p in (small_disk / "cache").rglob("*") if p.name.endswith(".tmp")]
     shards = list((small_disk / "cache").rglob("shard-*"))
-    assert shards and all(backbones.file_hash(path) in path.name for path in shards)
+    assert shards and all(file_hash(path) in path.name for path in shards)
     filler.unlink()
     extract(own, small_disk / "cache", views=40)
     assert bank(small_disk / "cache") == bank(tmp_path / "whole")
@@ -286,10 +286,46 @@ def test_a_read_only_cache_is_read_and_a_missing_bank_refused(own, small_disk):
     del first
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert torch.equal(extract(own, small_disk / "cache").x, expected)
-    with pytest.raises(ValueError, match=r"the cache .* cannot be written \(Read-only file system\).*LOGIT_BIAS_CACHE"):
+    with pytest.raises(
+        ValueError, match=r"/disk/cache/.* cannot be written \(Read-only file system\).*LOGIT_BIAS_CACHE"
+    ):
         features.load(own, "test", "embedded:conv", device="cpu", cache=small_disk / "cache")
     with pytest.raises(ValueError, match="cannot be written"):
         features.load_text("digits", "embedded:clip", device="cpu", cache=small_disk / "cache")
+
+
+def test_a_bank_that_does_not_fit_leaves_nothing_half_made(small_disk):
+    parts = {
+        "clip": {"clip": {"test": torch.randn(3000, 100)}},
+        "labels": {"test": torch.zeros(3000, dtype=torch.int64)},
+    }
+    with pytest.raises(OSError, match=rf"cannot write {small_disk}/bank: .*No space left"):
+        features.save_bank(small_disk / "bank", **parts, class_names=["one"])
+    assert list(small_disk.iterdir()) == []
+    with pytest.raises(ValueError, match="is not empty"):
+        features.save_bank(__file__, **parts, class_names=["one"])
+
+
+def test_a_second_writer_says_once_that_it_waits(tmp_path, capsys):
+    begun = threading.Event()
+
+    def wait():
+        with locked(tmp_path / "folder"):
+            begun.set()
+
+    with locked(tmp_path / "folder"):
+        rival = threading.Thread(target=wait)
+        rival.start()
+        assert not begun.wait(0.3)
+    rival.join()
+    assert begun.is_set()
+    assert capsys.readouterr().err == f"another process is making {tmp_path / 'folder'}; waiting for it\n"
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ValueError, match=r"file/a cannot be written .*; name another by LOGIT_BIAS_DATA"),
+        locked(tmp_path / "file" / "a", "LOGIT_BIAS_DATA"),
+    ):
+        pytest.fail("a file is no folder")
 
 
 def test_a_cache_path_that_is_a_file_is_refused(own, tmp_path):

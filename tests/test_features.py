@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from small_models import write_folder
 from torch.nn.functional import normalize
 
 from lib import features
-from lib.features import encoders as backbones
-from lib.features import banks, datasets, extraction, images, recipes
 from lib.__main__ import main
+from lib.features import FeatureBank, banks, datasets, encoders, extraction, images
+from lib.features.encoders import Encoder, load_encoder
+from lib.files import cache_root, file_hash
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +44,12 @@ def files(folder) -> dict[str, bytes]:
 
 def test_features_are_what_the_encoder_gives_image_by_image(own):
     found = features.load(own, "test", "embedded:vit", device="cpu")
-    data, encoder = datasets.load(own), backbones.load("embedded:vit", device="cpu")
+    data, encoder = datasets.load(own), load_encoder("embedded:vit", device="cpu")
     split = data.images("test")
     expected = torch.cat([encoder.encode_images(encoder.transform(image)[None]) for image in split])
     torch.testing.assert_close(found.x, expected)
     assert torch.equal(found.y, split.labels) and found.x.dtype == torch.float32
-    assert found.classnames == ("class 0", "class 1", "class 2") and found.backbone == "embedded:vit"
+    assert found.classnames == ("class 0", "class 1", "class 2") and found.encoder == "embedded:vit"
     assert (found.dataset, found.split, found.quarantined) == (own, "test", ())
     assert found.x.norm(dim=1).min() > 2, "nothing is normalised silently"
 
@@ -54,7 +57,7 @@ def test_features_are_what_the_encoder_gives_image_by_image(own):
 def test_the_same_call_gives_the_same_bytes_and_encodes_once(own, tmp_path, monkeypatch):
     first = features.load(own, "val", "embedded:clip", device="cpu")
     kept = files(tmp_path / "cache")
-    monkeypatch.setattr(backbones, "load", lambda *_, **__: pytest.fail("the cache was not read"))
+    monkeypatch.setattr(extraction, "load_encoder", lambda *_, **__: pytest.fail("the cache was not read"))
     second = features.load(own, "val", "embedded:clip", device="cpu")
     assert torch.equal(first.x, second.x) and first.fingerprint == second.fingerprint
     assert kept == files(tmp_path / "cache")
@@ -80,7 +83,7 @@ def test_the_fingerprint_tells_everything_apart(own, embedded, tmp_path, monkeyp
     seen.append(prints())
     copy = tmp_path / "copy"
     shutil.copytree(embedded, copy)
-    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", copy)
+    monkeypatch.setattr(encoders, "EMBEDDED_FOLDER", copy)
     index = json.loads((copy / "index.json").read_text())
     index["vit"]["mean"] = [0.5, 0.5, 0.5]
     (copy / "index.json").write_text(json.dumps(index))
@@ -88,10 +91,10 @@ def test_the_fingerprint_tells_everything_apart(own, embedded, tmp_path, monkeyp
     state = load_file(copy / "vit.safetensors")
     state["cls_token"] = state["cls_token"] + 1
     save_file(state, copy / "vit.safetensors")
-    index["vit"]["sha256"] = backbones.file_hash(copy / "vit.safetensors")
+    index["vit"]["sha256"] = file_hash(copy / "vit.safetensors")
     (copy / "index.json").write_text(json.dumps(index))
     seen.append(prints())
-    monkeypatch.setattr(features, "VERSION", features.VERSION + 1)
+    monkeypatch.setattr(extraction, "VERSION", extraction.VERSION + 1)
     seen.append(prints())
     assert len(set(seen)) == len(seen)
 
@@ -120,7 +123,7 @@ def test_a_damaged_cache_is_named_and_made_again(own, tmp_path, damage):
 def test_several_encoders_decode_each_image_once(own, monkeypatch):
     names = ["embedded:clip", "embedded:vit", "embedded:conv"]
     alone = [features.load(own, "train", name, device="cpu").x.clone() for name in names]
-    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(features.cache_root()) + "-together")
+    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(cache_root()) + "-together")
     read = []
     decode = images.decode
     monkeypatch.setattr(images, "decode", lambda path: read.append(path) or decode(path))
@@ -141,7 +144,7 @@ def test_views_are_random_crops_that_every_encoder_shares(own, workers, tmp_path
     assert torch.equal(state, torch.get_rng_state())
     assert vit.x.shape == (3, 12, 48) and clip.x.shape == (3, 12, 24) and len(vit.y) == 12
     assert not torch.allclose(vit.x[0], vit.x[1])
-    encoder = backbones.load("embedded:vit", device="cpu")
+    encoder = load_encoder("embedded:vit", device="cpu")
     with torch.random.fork_rng():
         torch.manual_seed(extraction.AUGMENTATION_SEED + 7)
         crops = torch.stack([encoder.augment(datasets.load(own).images("train")[7]) for _ in range(3)])
@@ -157,20 +160,20 @@ def test_workers_change_no_byte(own, tmp_path):
 
 
 def test_an_encoder_that_gives_nan_is_stopped_before_anything_is_kept(own, monkeypatch, tmp_path):
-    encode = backbones.Encoder.encode_images
+    encode = Encoder.encode_images
 
     def poisoned(self, batch):
         x = encode(self, batch)
         x[0, 3] = float("nan")
         return x
 
-    monkeypatch.setattr(backbones.Encoder, "encode_images", poisoned)
+    monkeypatch.setattr(Encoder, "encode_images", poisoned)
     with pytest.raises(
         ValueError, match=r"embedded:vit gives NaN or infinite features for 1 images, first test/class_0"
     ):
         features.load(own, "test", "embedded:vit", device="cpu")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-    monkeypatch.setattr(backbones.Encoder, "encode_images", encode)
+    monkeypatch.setattr(Encoder, "encode_images", encode)
     assert torch.isfinite(features.load(own, "test", "embedded:vit", device="cpu").x).all()
 
 
@@ -210,7 +213,7 @@ def test_features_are_mapped_not_read(own):
 
 def test_text_features_are_the_normalised_mean_of_normalised_prompts():
     found = features.load_text("digits", "embedded:clip", device="cpu")
-    encoder, data = backbones.load("embedded:clip", device="cpu"), datasets.load("digits")
+    encoder, data = load_encoder("embedded:clip", device="cpu"), datasets.load("digits")
     for row, name in zip(found.x, data.classnames, strict=True):
         x = normalize(encoder.encode_text([template.format(name) for template in data.templates]), dim=1)
         torch.testing.assert_close(row, normalize(x.mean(dim=0), dim=0))
@@ -236,7 +239,7 @@ def test_text_features_that_cannot_be_are_refused(monkeypatch):
         features.load_text("digits", "embedded:vit", device="cpu")
     with pytest.raises(ValueError, match=r"a template has one \{\}"):
         features.load_text("digits", "embedded:clip", ["a digit"], device="cpu")
-    monkeypatch.setattr(backbones.Encoder, "encode_text", lambda self, texts: torch.full((len(texts), 4), float("inf")))
+    monkeypatch.setattr(Encoder, "encode_text", lambda self, texts: torch.full((len(texts), 4), float("inf")))
     with pytest.raises(ValueError, match="NaN or infinite features for one of"):
         features.load_text("digits", "embedded:clip", ["the {}"], device="cpu")
 
@@ -250,7 +253,6 @@ def small_bank(path, **changes):
     clip = {split: torch.randn(n, 8, generator=rng) for split, n in sizes.items()}
     aux = {split: torch.randint(0, 256, (n, 5), generator=rng, dtype=torch.uint8) for split, n in sizes.items()}
     labels = {split: torch.arange(n) % 3 for split, n in sizes.items()}
-    labels["train_shot_index"] = torch.tensor([0, 0, 0, 1, 1, 1])
     parts = {"clip": {"clip_a": clip}, "aux": {"aux_b": aux}, "text": {"clip_a": torch.randn(3, 8, generator=rng)}}
     parts |= {"labels": labels, "class_names": ["one", "two", "three"]} | changes
     return banks.save_bank(path, **parts), parts
@@ -259,8 +261,9 @@ def small_bank(path, **changes):
 def test_a_bank_written_is_a_bank_read(tmp_path):
     path, parts = small_bank(tmp_path / "bank", source="a test")
     name = f"features:{path}"
-    assert features.bank_encoders(name) == (("clip_a",), ("aux_b",))
-    assert torch.equal(features.bank_shot_index(name), parts["labels"]["train_shot_index"])
+    bank = FeatureBank(name)
+    assert (bank.clip_encoders, bank.aux_encoders) == (("clip_a",), ("aux_b",))
+    assert (bank.name, bank.class_names, bank.splits) == ("bank", ("one", "two", "three"), ("train", "val", "test"))
     clip, aux = features.load(name, "test", "clip_a"), features.load(name, "test", "aux_b")
     assert torch.equal(clip.x, parts["clip"]["clip_a"]["test"]) and torch.equal(clip.y, parts["labels"]["test"])
     assert aux.x.dtype == torch.float32 and torch.equal(aux.x, parts["aux"]["aux_b"]["test"].float())
@@ -276,12 +279,21 @@ def test_a_bank_written_is_a_bank_read(tmp_path):
     ("changes", "message"),
     [
         ({"class_names": ["one", "two"]}, "labels run from 0 to 2, there are 2 class names"),
-        ({"text": {"clip_a": torch.ones(4, 8)}}, "text features of clip_a have 4 rows, there are 3 class names"),
-        ({"text": {"clip_z": torch.ones(3, 8)}}, "text features for 'clip_z', CLIP features for clip_a"),
+        (
+            {"text": {"clip_a": torch.ones(4, 8)}},
+            r"text of clip_a: features are \(4, 8\), expected one row for each of 3 class names",
+        ),
+        ({"text": {"clip_z": torch.ones(3, 8)}}, "'clip_z' has no text features; CLIP files are clip_a"),
         ({"aux": {"dino": {}}}, "aux features are named aux…, not 'dino'"),
-        ({"aux": {"aux_b": {"test": torch.ones(8, 5)}}}, "aux_b, test: 8 rows of features, 9 labels"),
+        (
+            {"aux": {"aux_b": {"test": torch.ones(8, 5)}}},
+            r"aux_b, test: features are \(8, 5\), expected one row for each of 9 labels",
+        ),
         ({"aux": {"aux_b": {"test": torch.full((9, 5), float("nan"))}}}, "9 of 9 rows hold NaN"),
-        ({"aux": {"aux_b": {"extra": torch.ones(9, 5)}}}, "aux_b has split 'extra', labels have train"),
+        (
+            {"aux": {"aux_b": {"extra": torch.ones(9, 5)}}},
+            "aux_b has split 'extra'; splits are train, val, test, labels have train",
+        ),
     ],
 )
 def test_a_bank_whose_parts_disagree_is_not_written(tmp_path, changes, message):
@@ -307,7 +319,11 @@ def put(key, value):
 @pytest.mark.parametrize(
     ("stem", "change", "message"),
     [
-        ("labels", put("test", torch.zeros(8, dtype=torch.int64)), "9 rows of features, 8 labels"),
+        (
+            "labels",
+            put("test", torch.zeros(8, dtype=torch.int64)),
+            r"features are \(9, 8\), expected one row for each of 8 labels",
+        ),
         ("labels", put("test", torch.full((9,), 3)), "labels run from 3 to 3, there are 3 class names"),
         ("labels", put("test", torch.full((9,), -1)), "labels run from -1 to -1"),
         ("clip_a", put("test", torch.ones(9, 7)), "dimensions differ between splits"),
@@ -326,9 +342,12 @@ def test_a_bank_whose_parts_disagree_is_refused(tmp_path, stem, change, message)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("clip_a", torch.ones(2, 8)), r"text features are \(2, 8\), meta.json names 3 classes"),
+        (
+            put("clip_a", torch.ones(2, 8)),
+            r"text of clip_a: features are \(2, 8\), expected one row for each of 3 class names",
+        ),
         (put("clip_a", torch.ones(3, 9)), "text features have 9 dimensions, clip_a has 8"),
-        (put("clip_a", torch.full((3, 8), float("nan"))), "text features hold NaN"),
+        (put("clip_a", torch.full((3, 8), float("nan"))), "text of clip_a: 3 of 3 rows hold NaN"),
     ],
 )
 def test_text_features_of_a_bank_must_fit_it(tmp_path, change, message):
@@ -392,129 +411,172 @@ def test_the_real_bank_gives_the_zero_shot_accuracies_it_promises(caltech70):
     promised = json.loads((caltech70 / "meta.json").read_text())["expected"]["zero_shot"]
     for split in ("test", "val", "train"):
         found = features.load(name, split, "clip_vit_b32")
-        right = (normalize(found.x, dim=1) @ text.x.T).argmax(dim=1) == found.y
-        assert 100 * right.double().mean().item() == pytest.approx(promised[split], abs=0.005)
-    assert features.bank_encoders(name)[1] == ("aux_mobilenet_v2", "aux_mobilenet_v1", "aux_inat_bird")
+        correct = (normalize(found.x, dim=1) @ text.x.T).argmax(dim=1) == found.y
+        assert 100 * correct.double().mean().item() == pytest.approx(promised[split], abs=0.005)
+    assert FeatureBank(name).aux_encoders == ("aux_mobilenet_v2", "aux_mobilenet_v1", "aux_inat_bird")
     assert features.load(name, "test", "aux_inat_bird").x.max() > 2, "raw activations stay as they are"
-    assert features.bank_shot_index(name).bincount().tolist() == [70] * 16
 
 
-# ---- other people's caches ----------------------------------------------------------------------------------------
-
-
-def write_tip_adapter(folder, shots=2, classes=4, dim=6, extra=""):
-    folder.mkdir(parents=True, exist_ok=True)
-    labels = torch.arange(classes).repeat_interleave(shots)
-    keys = normalize(torch.randn(len(labels), dim), dim=1).T.half()
-    torch.save(keys, folder / f"keys_{shots}shots.pt")
-    torch.save(torch.nn.functional.one_hot(labels, classes).half(), folder / f"values_{shots}shots.pt")
-    for split in ("val", "test"):
-        torch.save(torch.randn(9, dim).half(), folder / f"{split}_f.pt")
-        torch.save(torch.arange(9) % classes, folder / f"{split}_l.pt")
-    return keys
-
-
-def test_a_tip_adapter_folder_becomes_a_bank(tmp_path):
-    keys = write_tip_adapter(tmp_path / "cache-folder")
-    names = ["a", "b", "c", "d"]
-    made = import_cache.import_tip_adapter(
-        tmp_path / "cache-folder", tmp_path / "bank", shots=2, class_names=names, text=torch.randn(4, 6)
+def test_two_encoders_of_three_splits_read_the_card_and_each_file_once(tmp_path, monkeypatch):
+    path, _ = small_bank(tmp_path / "bank")
+    read, mapped, hashed = [], [], []
+    read_text, safe_open, hash_file = Path.read_text, banks.safe_open, banks.file_hash
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: read.append(self) or read_text(self, **options))
+    monkeypatch.setattr(
+        banks, "safe_open", lambda file, **options: mapped.append(file.stem) or safe_open(file, **options)
     )
-    found = features.load(f"features:{made}", "train", "clip")
-    assert torch.equal(found.x, keys.T.float()) and found.y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert features.bank_shot_index(f"features:{made}").tolist() == [0, 1] * 4
-    assert features.load_text(f"features:{made}", "clip").x.shape == (4, 6)
+    bank = FeatureBank(path)
+    for split in ("train", "val", "test"):
+        for encoder in ("clip_a", "aux_b"):
+            bank.rows(split, encoder)
+    bank.text("clip_a")
+    assert [file.name for file in read] == ["meta.json"] and sorted(mapped) == ["aux_b", "clip_a", "labels", "text"]
+    read.clear(), mapped.clear()
+    monkeypatch.setattr(banks, "file_hash", lambda file: hashed.append(file.stem) or hash_file(file))
+    for split in ("train", "val", "test"):
+        features.load_many(f"features:{path}", split, ["clip_a", "aux_b"])
+    features.load_text(f"features:{path}", "clip_a")
+    assert [file.name for file in read] == ["meta.json"] and sorted(mapped) == ["aux_b", "clip_a", "labels", "text"]
 
 
-def test_a_tip_adapter_folder_is_not_believed(tmp_path):
-    source, names = tmp_path / "source", ["a", "b", "c", "d"]
-
-    def importing(message):
-        with pytest.raises(ValueError, match=message):
-            import_cache.import_tip_adapter(source, tmp_path / "bank", shots=2, class_names=names)
-
-    write_tip_adapter(source)
-    importing_of = source / "keys_2shots.pt"
-    torch.save(torch.randn(9, 8), importing_of)
-    importing(r"keys_2shots.pt has 9 dimensions, test_f.pt has 6")
-    torch.save(torch.randn(6, 7), importing_of)
-    importing(r"keys are \(6, 7\), values \(8, 4\)")
-    write_tip_adapter(source)
-    torch.save(torch.full((8, 4), 0.25), source / "values_2shots.pt")
-    importing("is not one-hot")
-    values = torch.eye(4)[[0, 0, 0, 1, 2, 2, 3, 3]]
-    torch.save(values, source / "values_2shots.pt")
-    importing("2 shots by name, but class 0 has 3 rows")
-    torch.save({"keys": values}, source / "values_2shots.pt")
-    importing("holds a dict, expected one tensor")
-    (source / "values_2shots.pt").write_bytes(b"cos\nsystem\n(S'touch run_by_the_pickle'\ntR.")
-    importing(r"values_2shots.pt is no plain tensor file and was not run")
-    (source / "values_2shots.pt").unlink()
-    importing(r"no file .*values_2shots.pt")
-    assert not (tmp_path / "bank").exists()
+def test_a_bank_that_changes_is_read_anew(tmp_path):
+    path, parts = small_bank(tmp_path / "bank")
+    before = features.load(f"features:{path}", "test", "clip_a")
+    rewrite(path, "clip_a", put("test", parts["clip"]["clip_a"]["test"] + 1))
+    after = features.load(f"features:{path}", "test", "clip_a")
+    assert torch.equal(after.x, parts["clip"]["clip_a"]["test"] + 1) and after.fingerprint != before.fingerprint
 
 
-def test_amu_tunings_folder_becomes_a_bank(tmp_path):
-    source = tmp_path / "amu"
-    source.mkdir()
-    y, test = torch.arange(3).repeat_interleave(2), torch.arange(5) % 3
-    for name, dim in (("clip", 6), ("aux", 11)):
-        torch.save(torch.randn(5, dim), source / f"{name}_test_f.pt")
-        torch.save(test, source / f"{name}_test_l.pt")
-    torch.save(torch.randn(6, 11), source / "aux_feature_2shots.pt")
-    torch.save(y, source / "aux_labels_2shots.pt")
-    names = ["a", "b", "c"]
-    made = import_cache.import_amu(source, tmp_path / "bank", shots=2, class_names=names)
-    assert features.load(f"features:{made}", "train", "aux").x.shape == (6, 11)
-    with pytest.raises(ValueError, match="has no split 'train'; it has test"):
-        features.load(f"features:{made}", "train", "clip")
-    keys = write_tip_adapter(tmp_path / "tip", classes=3)
-    made = import_cache.import_amu(
-        source, tmp_path / "whole", shots=2, class_names=names, clip_keys=tmp_path / "tip" / "keys_2shots.pt"
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ([], r"must hold a mapping, not \[\]"),
+        (3, "must hold a mapping, not 3"),
+        ({"class_names": ["a"]}, "lacks name"),
+        ({"name": 7}, "name must be a string, not 7"),
+        ({"class_names": "one"}, "class_names must be a list of strings, not 'one'"),
+        ({"class_names": {"one": 0}}, "class_names must be a list of strings"),
+        ({"class_names": ["one", 2, "three"]}, r"class_names must be a list of strings, not \['one', 2"),
+        ({"class_names": ["one", "two", "two"]}, "class_names must differ, 'two' is there more than once"),
+        ({"class_names": []}, "class_names must be a list of strings"),
+        ({"sha256": []}, r"sha256 must be a mapping to strings, not \[\]"),
+        ({"sha256": {"labels.safetensors": 3}}, "sha256 must be a mapping to strings, not {'labels"),
+        ({"backbones": 3}, "backbones must be a list or a mapping, not 3"),
+        ({"text": "x"}, "text must be a mapping .*, not 'x'"),
+        ({"text": {"logit_scale": "hot"}}, "text must be a mapping .*, not {'logit_scale': 'hot'}"),
+        ({"text": {"prompt": ["a {}"]}}, "text must be a mapping"),
+    ],
+)
+def test_a_card_of_another_shape_is_refused_by_field(tmp_path, card, message):
+    path, _ = small_bank(tmp_path / "bank")
+    whole = json.loads((path / "meta.json").read_text())
+    if isinstance(card, dict):
+        card = {"class_names": card["class_names"]} if "lacks" in message else whole | card
+    (path / "meta.json").write_text(json.dumps(card))
+    for act in (FeatureBank, lambda bank: features.load(f"features:{bank}", "test", "clip_a")):
+        with pytest.raises(ValueError, match=rf"{path}/meta.json:? {message}"):
+            act(path)
+
+
+def test_a_shot_index_changes_nothing(tmp_path):
+    path, _ = small_bank(tmp_path / "bank")
+    plain = features.load(f"features:{path}", "train", "clip_a")
+    rewrite(path, "labels", put("train_shot_index", torch.zeros(2, dtype=torch.int64)))
+    with_index = features.load(f"features:{path}", "train", "clip_a")
+    assert torch.equal(plain.x, with_index.x) and torch.equal(plain.y, with_index.y)
+    assert FeatureBank(path).splits == ("train", "val", "test")
+    index = {"train_shot_index": torch.zeros(6, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="labels has split 'train_shot_index'; splits are train, val, test"):
+        small_bank(tmp_path / "other", labels=small_bank(tmp_path / "third")[1]["labels"] | index)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type_are_read_as_int64(tmp_path, dtype):
+    _, parts = small_bank(tmp_path / "first")
+    path, _ = small_bank(tmp_path / "bank", labels={key: y.to(dtype) for key, y in parts["labels"].items()})
+    y = features.load(f"features:{path}", "test", "aux_b").y
+    assert y.dtype == torch.int64 and torch.equal(y, parts["labels"]["test"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_labels_of_another_type_are_refused_by_name(tmp_path, dtype):
+    _, parts = small_bank(tmp_path / "first")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/bank, clip_a, train: labels must be integers .*not {kind}"):
+        small_bank(tmp_path / "bank", labels={key: y.to(dtype) for key, y in parts["labels"].items()})
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["first"], "nothing half-made is left"
+
+
+def test_numpy_arrays_and_string_paths_are_taken(tmp_path, monkeypatch):
+    _, parts = small_bank(tmp_path / "tensors")
+    arrays = {
+        kind: {encoder: {key: x.numpy() for key, x in splits.items()} for encoder, splits in parts[kind].items()}
+        for kind in ("clip", "aux")
+    }
+    for x in arrays["clip"]["clip_a"].values():
+        x.setflags(write=False)
+    arrays["text"] = {"clip_a": np.asfortranarray(parts["text"]["clip_a"].numpy())}
+    arrays["labels"] = {key: y.numpy().astype(np.int32) for key, y in parts["labels"].items()}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arrays").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = features.save_bank("arrays", **arrays, class_names=np.array(parts["class_names"]))
+    assert made == tmp_path / "arrays"
+    for split in ("train", "val", "test"):
+        for encoder in ("clip_a", "aux_b"):
+            first, second = (features.load(f"features:{name}", split, encoder) for name in ("tensors", "arrays"))
+            assert torch.equal(first.x, second.x) and torch.equal(first.y, second.y)
+    assert torch.equal(FeatureBank("arrays").text("clip_a"), parts["text"]["clip_a"])
+    arrays["labels"]["test"] = np.array([object()] * 9)
+    with pytest.raises(ValueError, match="labels, test: "):
+        features.save_bank("objects", **arrays, class_names=parts["class_names"])
+
+
+def test_empty_val_is_read_and_empty_test_refused(tmp_path):
+    _, parts = small_bank(tmp_path / "first")
+
+    def empty(split):
+        cut = {key: {s: x[:0] if s == split else x for s, x in parts[key]["clip_a"].items()} for key in ("clip",)}
+        labels = {s: y[:0] if s == split else y for s, y in parts["labels"].items()}
+        return {"clip": {"clip_a": cut["clip"]}, "aux": {}, "labels": labels}
+
+    path, _ = small_bank(tmp_path / "val", **empty("val"))
+    assert features.load(f"features:{path}", "val", "clip_a").x.shape == (0, 8)
+    with pytest.raises(ValueError, match="clip_a, test: no images to test on"):
+        small_bank(tmp_path / "test", **empty("test"))
+
+
+def test_a_bank_of_clip_features_alone_is_read(tmp_path):
+    _, parts = small_bank(tmp_path / "first")
+    made = features.save_bank(
+        tmp_path / "bank", clip=parts["clip"], labels=parts["labels"], class_names=parts["class_names"]
     )
-    assert torch.equal(features.load(f"features:{made}", "train", "clip").x, keys.T.float())
-    torch.save(test.flip(0), source / "aux_test_l.pt")
-    with pytest.raises(ValueError, match=r"clip_test_l.pt and aux_test_l.pt hold different labels"):
-        import_cache.import_amu(source, tmp_path / "third", shots=2, class_names=names)
+    bank = FeatureBank(made)
+    assert bank.aux_encoders == () and not bank.has_text("clip_a") and not bank.has_text("aux_b")
+    assert torch.equal(bank.rows("val", "clip_a")[0], parts["clip"]["clip_a"]["val"])
+    with pytest.raises(ValueError, match=r"no file text.safetensors .* clip_a; encode prompts .*save_bank\(text=…\)"):
+        features.load_text(f"features:{made}", "clip_a")
+    assert FeatureBank(tmp_path / "first").has_text("clip_a")
 
 
-def test_npz_files_become_a_bank(tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, n in (("train", 6), ("val", 3), ("test", 9)):
-        arrays[f"{split}_features"] = rng.normal(size=(n, 4)).astype(np.float32)
-        arrays[f"{split}_labels"] = np.arange(n) % 3
-    np.savez(tmp_path / "clip.npz", **arrays, text=rng.normal(size=(3, 4)), class_names=np.array(["x", "y", "z"]))
-    np.savez(
-        tmp_path / "aux.npz", X_train=rng.normal(size=(6, 7)), X_test=rng.normal(size=(9, 7)), y_test=np.arange(9) % 3
-    )
-    made = import_cache.import_npz(tmp_path / "clip.npz", tmp_path / "bank", aux=tmp_path / "aux.npz")
-    found = features.load(f"features:{made}", "test", "clip")
-    assert torch.equal(found.x, torch.from_numpy(arrays["test_features"])) and found.classnames == ("x", "y", "z")
-    assert features.load(f"features:{made}", "test", "aux").x.shape == (9, 7)
-    assert features.load_text(f"features:{made}", "clip").x.dtype == torch.float32
-    np.savez(tmp_path / "aux.npz", X_test=rng.normal(size=(9, 7)), y_test=np.zeros(9))
-    with pytest.raises(ValueError, match=r"labels of test differ between clip.npz and aux.npz"):
-        import_cache.import_npz(tmp_path / "clip.npz", tmp_path / "other", aux=tmp_path / "aux.npz")
-    np.savez(tmp_path / "odd.npz", pixels=np.zeros(3))
-    with pytest.raises(ValueError, match="no arrays such as train_features; it has pixels"):
-        import_cache.import_npz(tmp_path / "odd.npz", tmp_path / "other")
-    np.savez(tmp_path / "pickled.npz", train_features=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="cannot be read as npz"):
-        import_cache.import_npz(tmp_path / "pickled.npz", tmp_path / "other")
+@pytest.mark.parametrize("name", ["clip/b32", "clip_a/../../x", "clips/"])
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, name):
+    _, parts = small_bank(tmp_path / "first")
+    (tmp_path / "clip").mkdir()
+    with pytest.raises(ValueError, match="that becomes a file's name, without '/'"):
+        small_bank(tmp_path / "bank", clip={name: parts["clip"]["clip_a"]}, text={})
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["clip", "first"]
 
 
-def test_the_command_line_extracts_and_imports(own, tmp_path, capsys):
+# ---- command line, real photos ------------------------------------------------------------------------------------
+
+
+def test_the_command_line_extracts(own, capsys):
     assert main(["extract", own, "embedded:vit", "embedded:clip", "--splits", "val", "--device", "cpu"]) == 0
     assert f"{own}, val, embedded:clip: (12, 24)" in capsys.readouterr().out
     assert main(["extract", own, "embedded:vit", "--splits", "none"]) == 2
     assert "has no split 'none'" in capsys.readouterr().err
-    write_tip_adapter(tmp_path / "tip")
-    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
-    command = ["import", "tip-adapter", str(tmp_path / "tip"), str(tmp_path / "bank"), "--shots", "2"]
-    assert main(command) == 2 and "give --classes FILE" in capsys.readouterr().err
-    assert main([*command, "--classes", str(tmp_path / "names.txt")]) == 0
-    assert capsys.readouterr().out.strip() == f"features:{tmp_path / 'bank'}"
 
 
 def test_the_command_line_lists_encoders(capsys):
@@ -525,22 +587,6 @@ def test_the_command_line_lists_encoders(capsys):
     assert "open_clip:RN50-quickgelu/openai" in shown and "open_clip:RN50/openai" not in shown
     assert main(["encoders", "embedded"]) == 0
     assert capsys.readouterr().out.split() == ["embedded:clip", "embedded:conv", "embedded:vit"]
-
-
-def test_the_real_tip_adapter_folder_becomes_a_bank(tmp_path):
-    source = REAL / "tip_adapter_cache"
-    if not source.exists():
-        pytest.skip("the real cache folder is not on this machine")
-    names = [f"texture {i}" for i in range(47)]
-    made = f"features:{import_cache.import_tip_adapter(source, tmp_path / 'bank', shots=1, class_names=names)}"
-    support = features.load(made, "train", "clip")
-    promised = json.loads((source / "meta.json").read_text())["expected"]["K1"]["nearest_key"]
-    for split in ("test", "val"):
-        found = features.load(made, split, "clip")
-        nearest = support.y[(normalize(found.x, dim=1) @ normalize(support.x, dim=1).T).argmax(dim=1)]
-        assert 100 * (nearest == found.y).double().mean().item() == pytest.approx(promised[split], abs=0.005)
-    with pytest.raises(ValueError, match=r"no file text.safetensors"):
-        features.load_text(made, "clip")
 
 
 def test_real_photos_under_real_architectures(tmp_path):

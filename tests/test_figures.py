@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import figures, statistics
+from lib import figures, methods
 
 
 @pytest.fixture
@@ -29,26 +29,41 @@ def test_names_with_room_stay_where_they_are():
 
 
 def test_a_heat_map_writes_its_numbers_and_leaves_gaps_empty(ax):
-    figures.heat_map(ax, pd.DataFrame({"a": [1.0, np.nan], "b": [-40.0, 2.0]}, index=["x", "y"]), floor=-5.0)
+    table = pd.DataFrame({"a": [1.0, np.nan], "b": [-40.0, 2.0]}, index=["x", "y"])
+    figures.heat_map(ax, table, floor=-5.0)
     assert sorted(text.get_text() for text in ax.texts) == ["-40.0", "1.0", "2.0"]
-    assert ax.images[0].norm.vmin == -5
+    assert ax.collections[0].norm.vmin == -5
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["x", "y"]
+    assert {text.get_rotation() for text in ax.get_yticklabels()} == {0}
 
 
-def test_a_critical_difference_diagram_names_every_method_with_its_rank(ax):
-    ranks = pd.Series({"a": 1.2, "b": 1.9, "c": 2.9})
-    labels = {name: (name.upper(), "k") for name in ranks.index}
-    figures.critical_difference(ax, ranks, 1.0, statistics.cliques(ranks, 1.0), labels)
-    texts = " ".join(text.get_text() for text in ax.texts)
-    assert all(piece in texts for piece in ("1.2  A", "1.9  B", "C  2.9", "critical difference 1.0"))
-    assert ax.get_xlim()[0] > ax.get_xlim()[1], "the best stands on the right"
+def test_a_signed_heat_map_is_white_at_zero(ax):
+    figures.heat_map(ax, pd.DataFrame({"a": [1.0], "b": [-4.0], "c": [0.0]}), "{:+.0f}", signed=True)
+    assert [text.get_text() for text in ax.texts] == ["+1", "-4", "+0"]
+    norm = ax.collections[0].norm
+    assert (norm.vmin, norm.vmax) == (-4, 4)
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path):
     figures.use_style()
-    found = []
+    saved = []
     for folder in ("one", "two"):
-        fig, axes = plt.subplots()
-        axes.plot([1, 2], [3, 4])
-        found.append([path.read_bytes() for path in figures.save_figure(fig, "line", tmp_path / folder)])
+        fig, axes = plt.subplots(1, 2)
+        axes[0].plot([1, 2], [3, 4], label="a long name")
+        axes[1].set(xlabel="name", title="title")
+        fig.legend(loc="outside lower center")
+        for again in ("", "again"):  # constrained layout moves at every drawing, unless it is left as it was
+            paths = figures.save_figure(fig, "line", tmp_path / folder / again)
+            saved.append([path.read_bytes() for path in paths])
         plt.close(fig)
-    assert found[0] == found[1]
+    assert saved[0] == saved[1] == saved[2] == saved[3]
+    assert [path.name for path in paths] == ["line.png", "line.svg"]
+    assert sorted(path.name for path in (tmp_path / "one").glob("*.*")) == ["line.png", "line.svg"]
+
+
+def test_every_method_has_a_look_of_its_own():
+    looks = [figures.STYLES[name] for name in methods.METHODS if name in figures.STYLES]
+    assert set(methods.METHODS) <= set(figures.STYLES) and len(set(looks)) == len(looks)
+    assert figures.colour("amu") == figures.ACCENT and figures.marker("nobody") == figures.UNKNOWN[1]
+    styles = figures.encoder_styles([f"encoder {i}" for i in range(10)])
+    assert styles["encoder 0"] == styles["encoder 8"] != styles["encoder 1"]

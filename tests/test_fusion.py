@@ -1,5 +1,6 @@
-"""Fusion rules: the authors' numbers, beta = 0, odd rows, and the one-pass search over beta."""
+"""Fusion rules: the authors' numbers, beta = 0, odd rows, and the search over beta."""
 
+import math
 from functools import partial
 
 import authors
@@ -32,9 +33,9 @@ def test_uncertainty_agrees_with_the_released_code(kind, rho):
 def test_uncertainty_is_finite_where_the_released_code_is_not(kind, on):
     rows = authors.outputs("amu")["edge_logits"]
     for odd in (rows, torch.tensor([[200.0, 0.0], [0.0, 0.0], [-5.0, -5.0]])):
-        found = fusion.uncertainty(odd, kind, on=on)
-        assert torch.isfinite(found).all()
-        assert (found > 0).all()
+        ours = fusion.uncertainty(odd, kind, on=on)
+        assert torch.isfinite(ours).all()
+        assert (ours > 0).all()
 
 
 @pytest.mark.parametrize("norm", ["mean", "softmax", "linear"])
@@ -49,8 +50,8 @@ def test_similarity_agrees_with_cafo(norm):
 def test_classwise_agrees_with_luminet():
     inputs, luminet = authors.outputs("scores_inputs"), authors.outputs("luminet")
     zero_shot = 100 * inputs["img_test"] @ inputs["text"].T
-    found = fusion.classwise(torch.zeros_like(zero_shot), zero_shot)
-    assert authors.error(found, luminet["perception_zs"]) < 1e-4
+    ours = fusion.classwise(torch.zeros_like(zero_shot), zero_shot)
+    assert authors.error(ours, luminet["perception_zs"]) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1, 5])
@@ -59,8 +60,8 @@ def test_perception_agrees_with_perceptionclip(mode, temperature):
     inputs, theirs = authors.outputs("scores_inputs"), authors.outputs("perceptionclip")
     logits = 100 * torch.einsum("nd,czd->ncz", inputs["img_test"], inputs["text_yz"])
     contexts = 100 * inputs["img_test"] @ inputs["text_factor"].T if mode else None
-    found = fusion.perception(logits, contexts, float(temperature)).exp()
-    assert authors.error(found, theirs[f"probs_mode{mode}_T{temperature}"]) < 1e-4
+    ours = fusion.perception(logits, contexts, float(temperature)).exp()
+    assert authors.error(ours, theirs[f"probs_mode{mode}_T{temperature}"]) < 1e-4
 
 
 @pytest.mark.parametrize("rule", [r for r in fusion.FUSIONS.values() if r is not fusion.replace])
@@ -94,11 +95,23 @@ def test_rows_that_are_not_finite_are_refused_and_counted(rule, logits):
         rule(broken, bias)
 
 
-@pytest.mark.parametrize("rule", fusion.LINEAR_IN_BETA)
-def test_rules_called_linear_are(rule, logits):
+@pytest.mark.parametrize("rule", [rule for rule in fusion.FUSIONS.values() if "beta" in rule.defaults])
+def test_rules_are_linear_in_beta_and_depend_on_other_rows_as_declared(rule, logits):
     zero_shot, bias, _ = logits
     one, three = (rule(zero_shot, bias, beta=beta) - zero_shot for beta in (1.0, 3.0))
-    assert torch.allclose(three, 3 * one, atol=1e-4)
+    assert torch.allclose(three, 3 * one, atol=1e-4) == rule.linear
+    few = rule(zero_shot[:9], bias[:9])
+    assert torch.allclose(few, rule(zero_shot, bias)[:9], atol=1e-5) != rule.per_batch
+
+
+def test_fusions_have_the_names_and_defaults_of_their_functions():
+    assert all(
+        rule.name == name and fusion.entry(rule.function).defaults == rule.defaults
+        for name, rule in fusion.FUSIONS.items()
+    )
+    assert fusion.uncertain.defaults["rho"] == 0.4 and "beta" not in fusion.replace.defaults
+    assert fusion.entry(partial(fusion.wise, beta=0.1)) is fusion.wise
+    assert not fusion.entry(lambda zero_shot, bias, beta=1.0: zero_shot).linear
 
 
 def test_dynamic_moves_clip_as_far_as_the_bias_moves(logits):
@@ -106,22 +119,20 @@ def test_dynamic_moves_clip_as_far_as_the_bias_moves(logits):
     fused = fusion.dynamic(zero_shot, bias, beta=0.5, limit=50.0)
     p, p0, q = (v.double().softmax(1) for v in (fused, zero_shot, 0.5 * bias))
     moved = (p * (p / p0).log()).sum(1)
-    wanted = (q * (q * 7).log()).sum(1)
-    strength = ((fused - zero_shot) * bias).sum(1) / (0.5 * bias * bias).sum(1)
-    reachable = strength < 49  # the rest is so sure already that no bias moves it as far
+    target = (q * (q * 7).log()).sum(1)
+    a = ((fused - zero_shot) * bias).sum(1) / (0.5 * bias * bias).sum(1)
+    reachable = a < 49  # no bias moves the rest as far
     assert reachable.sum() > 70
-    assert torch.allclose(moved[reachable], wanted[reachable], rtol=1e-3)
+    assert torch.allclose(moved[reachable], target[reachable], rtol=1e-3)
 
 
-@pytest.mark.parametrize("gate", ["max", "margin"])
-def test_gates_leave_sure_images_alone(gate, logits):
+def test_a_gate_leaves_confident_images_alone(logits):
     zero_shot, bias, _ = logits
-    p = zero_shot.softmax(1).topk(2).values
-    sure = (p[:, 0] if gate == "max" else p[:, 0] - p[:, 1]) >= 0.4
-    fused = fusion.gated(zero_shot, bias, gate=gate, threshold=0.4)
-    assert 0 < sure.sum() < 80
-    assert torch.equal(fused[sure], zero_shot[sure])
-    assert torch.equal(fused[~sure], (zero_shot + bias)[~sure])
+    confident = zero_shot.softmax(1).amax(1) >= 0.4
+    fused = fusion.gated(zero_shot, bias, threshold=0.4)
+    assert 0 < confident.sum() < 80
+    assert torch.equal(fused[confident], zero_shot[confident])
+    assert torch.equal(fused[~confident], (zero_shot + bias)[~confident])
 
 
 def test_wise_is_the_interpolation_of_weights():
@@ -145,24 +156,56 @@ def test_learned_beta_minimises_cross_entropy(logits):
     assert fusion.learn_beta(torch.zeros(80, 7), perfect, y, limit=8.0) == 8.0
 
 
-@pytest.mark.parametrize("rule", fusion.LINEAR_IN_BETA)
+@pytest.mark.parametrize("rule", [rule for rule in fusion.FUSIONS.values() if "beta" in rule.defaults])
 @pytest.mark.parametrize("ties", [False, True])
-def test_one_pass_over_beta_is_the_plain_loop(rule, ties, logits):
+def test_accuracy_over_beta_is_the_plain_loop(rule, ties, logits):
     zero_shot, bias, y = logits
     if ties:  # whole numbers meet exactly, at whole betas and along whole rows
         zero_shot, bias = zero_shot.round(), bias.round()
     betas = [0.0, 1.0, 2.0, *torch.logspace(-4, 3, 60).tolist()]
-    found = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert found == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    y, classes = y.where(y < 5, -1), torch.tensor([4, 0, 1, 3])
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas, classes)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y, classes) for beta in betas]
+    same = [0.0, 1e-9, 2e-9, 3e-9]  # no prediction changes
+    assert fusion.accuracy_over_beta(rule, zero_shot, bias, y, same) == [
+        metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in same
+    ]
 
 
-def test_one_pass_over_beta_takes_rules_with_their_settings(logits):
+def test_accuracy_over_beta_calls_the_rule_on_the_changing_rows_alone(logits):
+    zero_shot, bias, y = logits
+    rows = []
+
+    @partial(fusion.Fusion, linear=True)
+    def counted(zero_shot, bias, beta=1.0):
+        rows.append(len(bias))
+        return zero_shot + beta * bias
+
+    betas = torch.linspace(0, 1, 30).tolist()
+    assert fusion.accuracy_over_beta(counted, zero_shot, bias, y, betas) == fusion.accuracy_over_beta(
+        fusion.additive, zero_shot, bias, y, betas
+    )
+    changing = int((zero_shot.argmax(1) != (zero_shot + bias).argmax(1)).sum())
+    assert 0 < changing < 40 and rows == [80, 80, changing]
+
+
+def test_accuracy_over_beta_is_nan_without_labelled_images(logits):
+    zero_shot, bias, y = logits
+    accuracies = fusion.accuracy_over_beta(
+        fusion.additive, zero_shot, bias, torch.full_like(y, -1), [0.0, 1.0, 2.0, 3.0]
+    )
+    assert len(accuracies) == 4 and all(map(math.isnan, accuracies))
+
+
+def test_accuracy_over_beta_takes_rules_with_their_settings(logits):
     zero_shot, bias, y = logits
     rule = partial(fusion.uncertain, confidence="max", rho=1.0)
     betas = torch.linspace(0, 50, 30).tolist()
-    found = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
-    assert found == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
-    assert len(set(found)) > 3
+    accuracies = fusion.accuracy_over_beta(rule, zero_shot, bias, y, betas)
+    assert accuracies == [metrics.accuracy(rule(zero_shot, bias, beta=beta), y) for beta in betas]
+    assert len(set(accuracies)) > 3
 
 
 @pytest.mark.parametrize(
@@ -170,7 +213,6 @@ def test_one_pass_over_beta_takes_rules_with_their_settings(logits):
     [
         (lambda z, b: fusion.uncertainty(z, "depth"), "kurtosis.*'depth'"),
         (lambda z, b: fusion.uncertainty(z, on="features"), "'logits' or 'probabilities', not 'features'"),
-        (lambda z, b: fusion.gated(z, b, gate="door"), "'door'"),
         (lambda z, b: fusion.similarity(z, b[None], "l1"), "'l1'"),
     ],
 )

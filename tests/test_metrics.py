@@ -1,13 +1,13 @@
+"""Accuracy, calibration, complementarity: by hand, by resampling, or by a plain loop."""
+
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
-from lib import fusion, methods, metrics, runs, statistics
+from lib import metrics
 
 
 def test_accuracy_and_class_accuracy():
@@ -19,6 +19,26 @@ def test_accuracy_and_class_accuracy():
         metrics.accuracy(logits.index_fill(0, torch.tensor([2]), math.nan), y)
 
 
+def test_accuracy_over_some_of_the_classes_and_without_foreign_images():
+    logits = torch.tensor([[2.0, 1, 0], [0, 3, 1], [5, 0, 0], [0, 0, 1]])
+    y, classes = torch.tensor([0, 2, -1, 2]), torch.tensor([2, 0])
+    assert metrics.correct(logits, y).tolist() == [True, False, False, True]
+    assert metrics.correct(logits, y, classes).tolist() == [True, True, False, True]
+    assert metrics.predictions(logits, classes).tolist() == [0, 2, 0, 2]
+    assert metrics.accuracy(logits, y) == pytest.approx(2 / 3) and metrics.accuracy(logits, y, classes) == 1
+    assert metrics.class_accuracy(logits, y)[[0, 2]].tolist() == [1, 0.5]
+    assert math.isnan(metrics.accuracy(logits, torch.full((4,), -1)))
+    assert math.isnan(metrics.accuracy(logits[:0], y[:0]))
+    assert metrics.correct(logits, torch.full((4,), -1), classes[:0]).tolist() == [False] * 4
+
+
+def test_class_means_of_rows_of_any_shape():
+    values, y = torch.arange(12.0).view(3, 2, 2), torch.tensor([2, 0, 2])
+    means = metrics.class_means(values, y, 3)
+    assert torch.equal(means[2], values[[0, 2]].mean(0)) and torch.equal(means[0], values[1])
+    assert means[1].isnan().all() and metrics.class_means(values.double(), y, 3).dtype == torch.float64
+
+
 def test_calibration_of_a_perfectly_calibrated_and_of_an_overconfident_classifier():
     p = torch.full((1000, 2), 0.3)
     p[:, 0] = 0.7
@@ -27,7 +47,19 @@ def test_calibration_of_a_perfectly_calibrated_and_of_an_overconfident_classifie
     assert metrics.calibration_error(100 * p.log(), y) == pytest.approx(0.3, abs=1e-5)
     assert metrics.brier(p.log(), y) == pytest.approx(2 * 0.7 * 0.3, abs=1e-5)
     table = metrics.reliability(p.log(), y)
-    assert table["count"].sum() == 1000 and table["accuracy"].iloc[0] == pytest.approx(0.7)
+    assert len(table) == 1 and table.iloc[0].to_dict() == pytest.approx({"confidence": 0.7, "accuracy": 0.7})
+    perfect = metrics.reliability(1e4 * torch.eye(3), torch.arange(3))
+    assert perfect.iloc[0].to_dict() == {"confidence": 1, "accuracy": 1}
+
+
+def test_reliability_is_the_mean_in_each_bin():
+    g = torch.Generator().manual_seed(0)
+    logits, y = 3 * torch.randn(300, 4, generator=g), torch.randint(4, (300,), generator=g)
+    top, hits = logits.softmax(1).amax(1), logits.argmax(1) == y
+    table = metrics.reliability(logits, y, bins=5)
+    bins = [(top > low) & (top <= low + 0.2) for low in (0.2, 0.4, 0.6, 0.8)]
+    assert table["confidence"].tolist() == pytest.approx([top[b].mean().item() for b in bins], abs=1e-6)
+    assert table["accuracy"].tolist() == pytest.approx([hits[b].float().mean().item() for b in bins])
 
 
 def test_complementarity_runs_from_0_to_2_and_ignores_scale():
@@ -40,9 +72,10 @@ def test_complementarity_runs_from_0_to_2_and_ignores_scale():
 
 def test_overlap_adds_up():
     first, second = torch.tensor([1, 1, 0, 0, 1]).bool(), torch.tensor([1, 0, 1, 0, 1]).bool()
-    found = metrics.overlap(first, second)
-    assert sum(found[k] for k in ("both", "first_only", "second_only", "neither")) == pytest.approx(1)
-    assert found["oracle_gain"] == pytest.approx(0.2) and found["disagreement"] == pytest.approx(0.5)
+    parts = metrics.overlap(first, second)
+    assert sum(parts[k] for k in ("both", "first_only", "second_only", "neither")) == pytest.approx(1)
+    assert parts["oracle_gain"] == pytest.approx(0.2) and parts["disagreement"] == pytest.approx(0.5)
+    assert math.isnan(metrics.overlap(first | True, second)["disagreement"])
 
 
 def test_repaired_and_broken():
@@ -62,12 +95,16 @@ def test_cka_is_blind_to_rotation_and_scale():
     assert table.loc["x", "other"] == table.loc["other", "x"] == metrics.cka(x, other) and table.loc["x", "x"] == 1
 
 
-def test_error_auroc_agrees_with_scikit_learn():
+def test_error_auroc_is_the_chance_that_an_error_is_more_uncertain():
     g = torch.Generator().manual_seed(0)
     logits, y = torch.randn(80, 4, generator=g), torch.randint(4, (80,), generator=g)
     u = torch.rand(80, generator=g).round(decimals=1)
     wrong = logits.argmax(1) != y
-    assert metrics.error_auroc(u, logits, y) == pytest.approx(roc_auc_score(wrong, u))
+    gap = u[wrong][:, None] - u[~wrong]
+    chance = ((gap > 0).float() + 0.5 * (gap == 0)).mean().item()
+    assert metrics.error_auroc(u, logits, y) == pytest.approx(chance)
+    assert math.isnan(metrics.error_auroc(u, logits, logits.argmax(1)))
+    assert all(map(math.isnan, metrics.error_auroc_interval(u, logits, logits.argmax(1))))
 
 
 def test_error_auroc_interval_is_that_of_resampled_images():
@@ -75,8 +112,8 @@ def test_error_auroc_interval_is_that_of_resampled_images():
     logits, y = torch.randn(400, 4, generator=g), torch.randint(4, (400,), generator=g)
     wrong = logits.argmax(1) != y
     u = torch.randn(400, generator=g) + wrong
-    found, half = metrics.error_auroc_interval(u, logits, y)
-    assert found == pytest.approx(metrics.error_auroc(u, logits, y))
+    area, half = metrics.error_auroc_interval(u, logits, y)
+    assert area == pytest.approx(metrics.error_auroc(u, logits, y))
     draws = [torch.randint(400, (400,), generator=g) for _ in range(500)]
     spread = np.std([metrics.error_auroc(u[d], logits[d], y[d]) for d in draws])
     assert half == pytest.approx(1.96 * spread, rel=0.15)
@@ -85,6 +122,7 @@ def test_error_auroc_interval_is_that_of_resampled_images():
 def test_quantile_groups_are_equally_large_and_ordered():
     groups = metrics.quantile_groups(torch.tensor([5.0, 1, 4, 2, 3, 3]), 3)
     assert groups.tolist() == [2, 0, 2, 0, 1, 1]
+    assert metrics.quantile_groups(torch.zeros(40), 4).bincount().tolist() == [10, 10, 10, 10]
 
 
 def test_middle_of_best():
@@ -100,110 +138,6 @@ def test_the_papers_rule_takes_what_is_high_in_both():
     assert metrics.top_of_both(superiority, pd.Series({"a": 0.6, "b": 0.7, "c": 0.1, "d": 0.1})) == "a"
 
 
-def test_shapley_shares_add_up_and_split_an_interaction_evenly():
-    shares = statistics.shapley(lambda on: 3.0 * ("a" in on) + 2.0 * ({"a", "b"} <= on), ["a", "b", "c"])
-    assert shares == pytest.approx({"a": 4, "b": 1, "c": 0})
-
-
-def test_mean_interval_is_the_t_interval():
-    mean, half = statistics.mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)
-    assert math.isnan(statistics.mean_interval([1.0])[1])
-
-
-def test_paired_bootstrap_sees_a_clear_difference_and_no_difference():
-    rng = np.random.default_rng(0)
-    base = torch.from_numpy(rng.random((3, 500)) < 0.6)
-    better = base | torch.from_numpy(rng.random((3, 500)) < 0.2)
-    clear = statistics.paired_bootstrap(better, base, rng)
-    assert clear["low"] > 0 and clear["p"] < 0.01
-    assert statistics.paired_bootstrap(base, base, rng)["difference"] == 0
-    shuffled = base[:, torch.randperm(500, generator=torch.Generator().manual_seed(0))]
-    assert statistics.paired_bootstrap(shuffled, base, rng)["p"] > 0.2
-
-
-def test_holm_and_signed_rank():
-    assert statistics.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
-    rng = np.random.default_rng(0)
-    base = rng.random(20)
-    scores = pd.DataFrame({"amu": base, "worse": base - 0.1 - 0.01 * rng.random(20), "same": base})
-    assert statistics.signed_rank_table(scores, "amu")["verdict"].to_dict() == {"worse": "worse", "same": "tie"}
-
-
-def test_mean_ranks_and_cliques():
-    scores = pd.DataFrame({"a": [3.0, 3, 3], "b": [2.0, 2, 2], "c": [1.0, 1, 1]})
-    ranks, difference = statistics.mean_ranks(scores)
-    assert ranks.to_dict() == {"a": 1, "b": 2, "c": 3}
-    assert difference == pytest.approx(2.3437 * math.sqrt(12 / 18), abs=1e-3)
-    assert statistics.cliques(ranks, 1.0) == [("a", "b"), ("b", "c")]
-    assert statistics.cliques(ranks, 0.5) == []
-
-
-def test_judging_fusions_takes_beta_from_the_held_out_images_alone(make_task):
-    task = make_task(classes=4, n_val=40, n_test=80)
-    on, test = task.val, task.test
-    bias = [split.aux @ split.aux.new_ones(task.support.aux.shape[1], 4).cumsum(1) for split in (on, test)]
-    rules = {name: fusion.FUSIONS[name] for name in ("fixed", "learned", "wise", "replace")}
-    found = methods.compare_fusions(rules, on, bias[0], test, bias[1], (1.0, 0.0, 0.5))
-    assert list(found.index) == list(rules) and math.isnan(found["beta"]["replace"])
-    for name, row in found.drop("replace").iterrows():
-        assert row["held"] == metrics.accuracy(rules[name](on.zero_shot, bias[0], row["beta"]), on.y)
-        assert row["accuracy"] == metrics.accuracy(rules[name](test.zero_shot, bias[1], row["beta"]), test.y)
-    assert found["held"]["fixed"] == max(metrics.accuracy(on.zero_shot + b * bias[0], on.y) for b in (0.0, 0.5, 1.0))
-    assert found["accuracy"]["replace"] == metrics.accuracy(bias[1], test.y)
-    flat = methods.compare_fusions({"fixed": fusion.additive}, on, 0 * bias[0], test, bias[1], (1.0, 0.01, 5.0, 0.2, 9.0))
-    assert flat["beta"]["fixed"] == 1.0, "the middle of equals"
-    relabelled = replace(test, y=(test.y + 1) % 4)
-    again = methods.compare_fusions(rules, on, bias[0], relabelled, bias[1], (1.0, 0.0, 0.5))
-    assert again["beta"].dropna().tolist() == found["beta"].dropna().tolist()
-
-
 def test_count_numbers():
     assert metrics.count_numbers(torch.zeros(3, 4)) == 12
     assert metrics.count_numbers([torch.zeros(3), [torch.zeros(2, 2)]]) == 7 and metrics.count_numbers([]) == 0
-
-
-def test_published_backbones_are_openais_only():
-    names = {
-        "open_clip:ViT-B-16-quickgelu/openai": "ViT-B/16",
-        "open_clip:RN50-quickgelu/openai": "RN50",
-        "open_clip:ViT-L-14/openai": "ViT-L/14",
-        "open_clip:ViT-B-16/laion2b_s34b_b88k": "",
-        "embedded:clip": "",
-        "clip_vit_b32": "ViT-B/32",
-        "clip_RN101": "RN101",
-        "clip": "",
-    }
-    assert {name: runs.published_backbone(name) for name in names} == names
-
-
-def test_published_numbers_are_joined_only_where_everything_agrees():
-    published = pd.DataFrame(
-        [
-            ("a paper", "Table 4", "AMU-Tuning", "RN50", "imagenet", 16, "accuracy", 70.02),
-            ("a paper", "Table 4", "AMU-Tuning", "ViT-B/16", "imagenet", 16, "accuracy", 74.9),
-            ("a paper", "Table 4", "LP-CLIP", "RN50", "imagenet", 1, "accuracy", 22.17),
-            ("a paper", "Table 1", "Zero-shot CLIP", "RN50", "imagenet", 0, "accuracy", 60.33),
-            ("a paper", "Table 2", "AMU-Tuning", "RN50", "imagenet", 16, "superiority", 57.68),
-        ],
-        columns=["source", "table", "method", "clip_backbone", "dataset", "shots", "metric", "value"],
-    )
-    ours = pd.DataFrame(
-        [
-            ("AMU-Tuning", "imagenet", "RN50", 16, 69.0),
-            ("AMU-Tuning", "imagenet", "RN50", 8, 67.0),
-            ("AMU-Tuning", "imagenetv2", "RN50", 16, 60.0),
-            ("Linear probe", "imagenet", "RN50", 1, 22.0),
-            ("Zero-shot CLIP", "imagenet", "RN50", 4, 60.0),
-        ],
-        columns=["method", "dataset", "backbone", "shots", "mean"],
-    )
-    joined = runs.join_published(ours, published).set_index("method")
-    assert joined["difference"].round(2).to_dict() == {
-        "AMU-Tuning": -1.02,
-        "Linear probe": -0.17,
-        "Zero-shot CLIP": -0.33,
-    }
-    assert joined["shots"].to_dict() == {"AMU-Tuning": 16, "Linear probe": 1, "Zero-shot CLIP": 4}
-    nothing = runs.join_published(ours.assign(backbone=""), published)
-    assert len(nothing) == 0 and "difference" in nothing

@@ -1,11 +1,15 @@
 """What every predictor promises, whatever it computes."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
+import authors
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from lib import methods, predictors
+from lib.predictors import base, training
 from lib.tasks import FewShotTask, Split
 
 BRIEF = {  # enough training to move, not more
@@ -19,17 +23,28 @@ BRIEF = {  # enough training to move, not more
     "lp_plus_plus": {"iterations": 25},
 }
 NAMES = list(methods.PREDICTORS)
-NEED_TEXT = {"ape", "clip_adapter", "taskres", "text_probe", "cross_modal"}
-WHOLE_SPLIT = {"m_adapter", "transclip"}
+CLASSES = methods.PREDICTORS
+TEXTLESS = {  # what must work without class texts
+    "head": {"lam": 0.0},
+    "convex_head": {"lam": 0.0},
+    "mlp": {"lam": 0.0},
+    "linear_probe": {},
+    "gda": {},
+    "cache": {},
+}
 
 
 def build(name, **settings):
-    return methods.PREDICTORS[name](**BRIEF.get(name, {}), **settings)
+    return methods.PREDICTORS[name](**BRIEF.get(name, {}) | settings)
 
 
 def tensors(task):
     parts = [task.text, *(getattr(part, f.name) for part in (task.support, task.val, task.test) for f in fields(Split))]
-    return [part.clone() for part in parts]
+    return [part.clone() for part in parts if part is not None]
+
+
+def parameters(predictor):
+    return {name: getattr(predictor, name) for name in predictors.hyper_parameters(type(predictor))}
 
 
 def close(ours, theirs, tolerance=1e-4):
@@ -41,8 +56,11 @@ def test_shapes_determinism_and_inputs(name, make_task):
     task = make_task()
     before = tensors(task)
     predictor = build(name)
+    settings = parameters(predictor)
     assert predictor.fit(task) is predictor
     logits = predictor.logits(task.test)
+    assert parameters(predictor) == settings
+    assert all(key in settings or key.endswith("_") for key in vars(predictor))
     assert logits.shape == (40, 5)
     assert logits.dtype == torch.float32
     assert not logits.requires_grad
@@ -68,7 +86,7 @@ def test_labels_of_a_split_and_the_test_part_are_not_read(name, make_task):
     assert without_val.logits(task.test).shape == (40, 5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in WHOLE_SPLIT])
+@pytest.mark.parametrize("name", [name for name in NAMES if not CLASSES[name].per_batch])
 def test_rows_do_not_depend_on_each_other(name, make_task):
     task = make_task()
     predictor = build(name).fit(task)
@@ -77,7 +95,7 @@ def test_rows_do_not_depend_on_each_other(name, make_task):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mlp"])  # its random start favours a class order
-def test_renaming_the_classes_renames_the_logits(name, make_arrays, monkeypatch):
+def test_renaming_the_classes_renames_the_logits(name, make_arrays):
     arrays = make_arrays()
     order = torch.tensor([3, 0, 4, 1, 2])
     place = torch.argsort(order)
@@ -85,18 +103,17 @@ def test_renaming_the_classes_renames_the_logits(name, make_arrays, monkeypatch)
         part: arrays[part] | {"y": place[arrays[part]["y"]]} for part in ("support", "val", "test")
     }
     task, permuted = FewShotTask.from_arrays(**arrays), FewShotTask.from_arrays(**renamed)
-    logits = build(name).fit(task).logits(task.test)
-    texts = predictors.CrossModal._text_orders
-    follow = staticmethod(lambda task, epochs, generator: place[texts(task, epochs, generator)])
-    monkeypatch.setattr(predictors.CrossModal, "_text_orders", follow)  # the same texts at the same steps
-    assert close(build(name).fit(permuted).logits(permuted.test), logits[:, order], 1e-3)
+    texts = training.epoch_orders(5, 30, torch.Generator().manual_seed(0))
+    first, second = ({"text_orders": rows} if name == "cross_modal" else {} for rows in (texts, place[texts]))
+    logits = build(name).fit(task, **first).logits(task.test)
+    assert close(build(name).fit(permuted, **second).logits(permuted.test), logits[:, order], 1e-3)
 
 
 @pytest.mark.parametrize("features", ["aux", "clip+aux"])
 @pytest.mark.parametrize("name", NAMES)
 def test_features_of_any_kind_or_a_reason_why_not(name, features, make_task):
     task = make_task()
-    if name in NEED_TEXT:
+    if CLASSES[name].clip_only:
         with pytest.raises(ValueError, match=f"class texts.*clip.*'{features}'".replace("+", r"\+")):
             build(name, features=features).fit(task)
         return
@@ -133,9 +150,8 @@ def test_a_grid_is_the_loop_over_it(name, make_task):
     grid = [*grids.get(name, grids["cache"] if name == "trained_cache" else []), {}]
     predictor = build(name).fit(task)
     for setting, logits in zip(grid, predictor.logits_grid(task.val, grid), strict=True):
-        other = build(name).fit(task)
-        vars(other).update(setting)
-        assert close(logits, other.logits(task.val), 1e-5)
+        assert close(logits, build(name, **setting).fit(task).logits(task.val), 1e-5)
+    assert parameters(predictor) == parameters(build(name))
 
 
 @pytest.mark.parametrize("name", ["cache", "trained_cache", "similar_caches", "ape"])
@@ -154,7 +170,7 @@ def test_a_fine_grid_is_interpolated_to_rounding(name, make_task):
         assert torch.equal(logits.argmax(1), one.argmax(1))
 
 
-def test_one_class_text_more_or_less_is_no_trouble(make_task):
+def test_two_classes_and_one_shot_are_enough(make_task):
     for classes in (2, 3):
         task = make_task(classes=classes, shots=1, n_val=6, n_test=6)
         for name in NAMES:
@@ -162,7 +178,7 @@ def test_one_class_text_more_or_less_is_no_trouble(make_task):
 
 
 @pytest.mark.parametrize("init", ["mean", "zero", "random", "text"])
-def test_heads_start_where_they_are_told(init, make_task):
+def test_heads_start_at_their_initial_weight(init, make_task):
     task = make_task()
     weight = predictors.initial_weight(task, "clip", init)
     assert weight.shape == task.text.shape
@@ -197,7 +213,6 @@ def test_views_of_the_support_enter_where_authors_use_them(make_arrays):
         (predictors.MultiBranchHead(init="warm"), "mean, zero, random, text, not 'warm'"),
         (methods.PREDICTORS["trained_cache"](init="warm"), "features or random, not 'warm'"),
         (predictors.TextProbe(constraint="l1"), "l2-balanced.*'l1'"),
-        (methods.PREDICTORS["similar_caches"](norm="max"), "linear.*'max'"),
     ],
 )
 def test_unknown_words_are_refused(predictor, words, make_task):
@@ -206,8 +221,104 @@ def test_unknown_words_are_refused(predictor, words, make_task):
         predictor.fit(task).logits(task.test)
 
 
-def test_transclip_without_support_needs_no_shots(make_task):
+@pytest.fixture
+def uneven(make_arrays):
+    """Return a task whose five classes have 4, 4, 3, 2 and 1 support images, not class by class."""
+    arrays = make_arrays()
+    keep = torch.tensor([16, 0, 5, 1, 2, 6, 3, 7, 9, 8, 12, 4, 10, 14])
+    return FewShotTask.from_arrays(
+        **arrays | {"support": {key: value[keep] for key, value in arrays["support"].items()}}
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_may_differ_in_images(name, uneven):
+    assert torch.isfinite(build(name).fit(uneven).logits(uneven.test)).all()
+
+
+def test_a_formula_for_equal_classes_names_those_that_differ(uneven, make_task):
+    @dataclass(eq=False)
+    class Equal(predictors.NoPredictor):
+        equal_shots: ClassVar[bool] = True
+
+    Equal().check(make_task())
+    with pytest.raises(ValueError, match=r"Equal needs the same number.*'class 4' has 1 and 'class 0' has 4"):
+        Equal().check(uneven)
+
+
+def test_uneven_classes_are_weighed_by_the_formulas(uneven):
+    support = uneven.support
+    means = torch.stack([support.aux[support.y == c].mean(0) for c in range(5)])
+    assert torch.allclose(predictors.initial_weight(uneven, "aux", "mean"), means, atol=1e-6)
+    centred = torch.cat([support.aux[support.y == c] - means[c] for c in range(5)]).double()
+    scatter = centred.T @ centred
+    precision = 16 * torch.linalg.inv(scatter + scatter.trace() / 13 * torch.eye(16, dtype=scatter.dtype))
+    assert close(predictors.GDA("aux").fit(uneven).weight_, (means.double() @ precision).float())
+    theirs = LogisticRegression(tol=1e-8, max_iter=5000).fit(support.aux.double().numpy(), support.y.numpy())
+    ours = predictors.LinearProbe("aux", 1.0).fit(uneven)
+    assert close(ours.weight_, torch.from_numpy(theirs.coef_).float())
+    head = predictors.ConvexHead(beta=2.0, tolerance=1e-6).fit(uneven)
+    weight = head.weight_.clone().requires_grad_()
+    bias, fused = (torch.nn.functional.cross_entropy(v, support.y) for v in head.branches(support, weight))
+    ((bias + fused) / 2 + head.penalty / 2 * weight.square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_texts_a_predictor_fits_or_says_that_it_needs_them(name, make_arrays):
+    task = FewShotTask.from_arrays(**make_arrays() | {"text": None}, num_classes=5)
+    predictor = build(name, **TEXTLESS.get(name, {}) or ({"features": "clip"} if CLASSES[name].clip_only else {}))
+    assert predictor.uses_text() == (name not in TEXTLESS)
+    if predictor.uses_text():
+        with pytest.raises(ValueError, match=f"{type(predictor).__name__} needs class texts, but arrays has no text"):
+            predictor.fit(task)
+    else:
+        assert torch.isfinite(predictor.fit(task).logits(task.test)).all()
+
+
+@pytest.mark.parametrize("name", ["head", "convex_head", "mlp"])
+def test_a_fused_branch_needs_texts(name, make_arrays):
+    task = FewShotTask.from_arrays(**make_arrays() | {"text": None}, num_classes=5)
+    for fit in (lambda: build(name).fit(task), lambda: CLASSES[name].fit_many(task, [{"lam": 0.0}, {"lam": 0.3}])):
+        with pytest.raises(ValueError, match="needs class texts"):
+            fit()
+    with pytest.raises(ValueError, match="init 'text' needs class texts"):
+        predictors.initial_weight(task, "clip", "text")
+
+
+def test_a_head_keeps_the_beta_of_its_loss(make_task):
     task = make_task()
-    one = predictors.TransCLIP(use_support=False).fit(task).logits(task.test)
-    other = predictors.TransCLIP(use_support=False).fit(make_task(shots=2)).logits(task.test)
-    assert torch.equal(one, other)
+    heads = [predictors.MultiBranchHead(epochs=2, beta=beta).fit(task) for beta in (0.5, 8.0)]
+    weight = heads[0].weight_
+    for head in heads:
+        u = predictors.heads.fusion.uncertainty(task.test.zero_shot)
+        bias, fused = head.branches(task.test, weight)
+        assert torch.allclose(fused, task.test.zero_shot + head.beta * u[:, None] * bias, atol=1e-5)
+
+
+def test_groups_differ_in_what_varies_alone():
+    settings = [{"lam": 0.1}, {"lam": 0.2}, {"epochs": 3}, {"lam": 0.3, "beta": 2.0}, {"epochs": 3, "lam": 0.4}]
+    heads = [predictors.MultiBranchHead(**setting) for setting in settings]
+    groups = base.group_settings(heads, ("lam", "beta"))
+    assert groups == [[heads[0], heads[1], heads[3]], [heads[2], heads[4]]]
+
+
+def test_a_copy_with_other_parameters_shares_the_fit(make_task):
+    task = make_task()
+    cache = build("cache", sharpness=2.0).fit(task)
+    other = cache.with_params(sharpness=3.0)
+    assert (cache.sharpness, other.sharpness) == (2.0, 3.0)
+    assert other.keys_ is cache.keys_
+
+
+def test_gda_is_the_authors_code():
+    task, theirs = authors.task(), authors.outputs("gda")
+    gda = predictors.GDA().fit(task)
+    assert authors.error(gda.weight_.T, theirs["W"]) < 1e-4
+    assert authors.error(gda.intercept_, theirs["b"]) < 1e-4
+    bias = gda.logits(task.test)
+    for beta in theirs["alpha_grid"].tolist():
+        fused = task.test.zero_shot + beta * bias
+        assert authors.error(fused, theirs[f"test_logits_alpha/{beta:g}"]) < 1e-4
+    method = methods.build("gda").fit(task)
+    assert authors.error(method.logits(task.test), theirs["test_logits"]) < 1e-4

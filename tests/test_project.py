@@ -3,8 +3,13 @@
 import ast
 import json
 import re
+import shlex
 import subprocess
+import sys
 import tomllib
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -12,37 +17,38 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# A module may import those before it, and nothing else of lib.
 ORDER = [
-    "drawing",
-    "world",
-    "images",
-    "sources",
-    "datasets",
-    "recipes",
-    "backbones",
-    "objectives",
-    "pretraining",
-    "banks",
-    "extraction",
-    "imports",
+    "files",
+    "features.images",
+    "features.sources",
+    "features.datasets",
+    "features.libraries",
+    "features.encoders",
+    "features.extraction",
+    "features.banks",
+    "features.load",
     "features",
     "tasks",
-    "fusion",
-    "training",
-    "convex",
-    "predictors",
-    "solved",
-    "caches",
-    "peers",
-    "transductive",
-    "methods",
-    "scores",
     "metrics",
+    "statistics",
+    "fusion",
+    "predictors.training",
+    "predictors.convex",
+    "predictors.base",
+    "predictors.heads",
+    "predictors.caches",
+    "predictors.text",
+    "predictors.transductive",
+    "predictors",
+    "methods",
     "figures",
-    "speed",
     "runs",
     "__main__",
 ]
+READ_FIRST = ("tasks", "fusion", "methods", "predictors.base", "predictors.training", "predictors.heads")
+TOOLS = {"ipykernel", "jupyterlab", "snakemake"}  # run beside the library, imported nowhere
+TEST_TOOLS = {"nbstripout", "ruff", "beartype"}  # commands, and the checker that conftest names in a string
 
 
 def tracked() -> list[str]:
@@ -100,20 +106,111 @@ def test_large_and_private_things_stay_out():
     assert weights <= 16 * 2**20
 
 
-def test_imports_point_one_way():
-    for place, module in enumerate(ORDER):
-        path = ROOT / "lib" / f"{module}.py"
-        if not path.exists():
+def imported(source: str) -> list[tuple[str, str]]:
+    """Return what a source imports anywhere, functions included: module and name, or module and ``."""
+    pairs = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            pairs += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            pairs += [(node.module, alias.name) for alias in node.names]
+    return pairs
+
+
+def name_of(path: Path) -> str:
+    """Return a module's dotted name inside lib; a package's own is that of its folder."""
+    return ".".join(path.relative_to(ROOT / "lib").with_suffix("").parts).removesuffix(".__init__")
+
+
+LIB = {name_of(path): path for path in sorted((ROOT / "lib").rglob("*.py")) if path != ROOT / "lib" / "__init__.py"}
+
+
+def test_every_module_has_its_place():
+    assert sorted(LIB) == sorted(ORDER)
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert listed == sorted(".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "lib").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("name", LIB)
+def test_imports_point_one_way(name):
+    for module, attribute in imported(LIB[name].read_text()):
+        if module.split(".")[0] != "lib":
             continue
-        for node in ast.parse(path.read_text()).body:  # imports at the top; a function may call on a later module
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module == "lib":
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lib."):
-                names = [node.module.removeprefix("lib.")]
-            for name in names:
-                assert ORDER.index(name) < place, f"lib/{module}.py imports {name}"
-    assert {p.stem for p in (ROOT / "lib").glob("*.py")} <= {*ORDER, "__init__"}
+        inner = f"{module}.{attribute}".removeprefix("lib.").removeprefix("lib")
+        target = inner if inner in LIB else module.removeprefix("lib.")
+        assert ORDER.index(target) < ORDER.index(name), f"lib.{name} imports lib.{target}"
+        assert not (name.startswith("predictors") and target.startswith("features")), "predictors know no files"
+
+
+def test_lib_imports_no_script_of_data():
+    scripts = {path.stem for path in (ROOT / "data").rglob("*.py") if "downloads" not in path.parts}
+    assert scripts
+    for name, path in LIB.items():
+        tops = {module.split(".")[0] for module, _ in imported(path.read_text())}
+        assert not tops & scripts, f"lib.{name} imports {tops & scripts}"
+
+
+def test_lib_stays_thin():
+    lines = {name: len(path.read_text().splitlines()) for name, path in LIB.items()}
+    assert sum(lines.values()) < 5000
+    assert {name: count for name, count in lines.items() if count > 330} == {}
+    assert sum(lines[name] for name in READ_FIRST) < 1500
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = {Requirement(text).name.lower().replace("_", "-") for text in project["project"]["dependencies"]}
+    for_tests = {Requirement(text).name.lower().replace("_", "-") for text in project["dependency-groups"]["test"]}
+    providers = {top: {n.lower().replace("_", "-") for n in names} for top, names in packages_distributions().items()}
+    mine = {path.stem for name in tracked() if (path := ROOT / name).suffix == ".py"} | {"lib"}
+
+    def needed(sources: Iterable[str]) -> set[str]:
+        tops = {module.split(".")[0] for source in sources for module, _ in imported(source)}
+        outside = tops - mine - sys.stdlib_module_names
+        assert outside <= set(providers), f"not installed: {outside - set(providers)}"
+        return {min(providers[top] & (declared | for_tests) or providers[top]) for top in outside}
+
+    paths = [ROOT / name for name in tracked() if name.endswith(".py")]
+    by_library = [path.read_text() for path in paths if path.relative_to(ROOT).parts[0] in ("lib", "data")]
+    cells = [cell.source for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    used = needed(by_library + [re.sub(r"^[%!].*$", "", cell, flags=re.M) for cell in cells])
+    assert used - declared == set(), "imported, not declared"
+    assert declared - used == TOOLS, "declared, not imported"
+    by_tests = needed(path.read_text() for path in paths if path.relative_to(ROOT).parts[0] == "tests") - declared
+    assert by_tests == for_tests - TEST_TOOLS
+
+
+def snakemake(*config: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--printshellcmds", "--cores", "1", "--config", *config]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_settings_reach_the_shell_as_words(tmp_path):
+    dataset, out = "folder:a 'b' {c} || touch pwned", str(tmp_path / "it's here")
+    done = snakemake(f"dataset={json.dumps(dataset)}", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    commands = [line.removeprefix("Shell command: ") for line in (done.stdout + done.stderr).splitlines()]
+    commands = [shlex.split(line) for line in commands if " -m lib run " in line]
+    assert len(commands) == len([path for path in NOTEBOOKS if path.stem < "90"])
+    for words in commands:
+        given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+        assert given == {"dataset": dataset, "datasets": dataset}
+        assert words[words.index("--folder") + 1].startswith(f"{out}/") and "||" not in words
+    assert "lib/features/load.py" in done.stdout + done.stderr, "sub-packages are followed"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (["datset=digits", "out=runs/x"], "no datset; known: out, dataset"),
+        (["dataset=digits"], "give these settings a folder"),
+        (["out=a{b}"], "braces"),
+    ],
+)
+def test_mistyped_settings_are_refused(config, message):
+    done = snakemake(*config)
+    assert done.returncode != 0 and message in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,11 +1,19 @@
+"""Runs: parameters checked, records written last, figures in their own folders, a gallery from one clean commit."""
+
 import json
 import math
+import re
+import subprocess
+from types import SimpleNamespace
 
+import collect
+import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 
-from lib import methods, runs
 from lib import __main__ as cli
+from lib import runs
 
 
 @pytest.fixture
@@ -88,13 +96,158 @@ def test_a_mistyped_parameter_leaves_the_earlier_run_alone(notebook, tmp_path):
     assert (tmp_path / "metrics.json").exists()
 
 
-def test_records_refuse_nan_and_are_written_whole(tmp_path):
-    path = tmp_path / "metrics.json"
-    runs.write_json(path, {"a": 1})
+def test_a_number_that_does_not_exist_is_null_and_infinity_is_refused(tmp_path):
+    run = runs.Run("98_try", {}, tmp_path)
+    assert run.record({"a": math.nan, "b": {"c": [1, (math.nan, 2.0)]}}, {"clip": "f"}, draws=1) is None
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["metrics"] == {"a": None, "b": {"c": [1, [None, 2.0]]}}
+    assert record["fingerprints"] == {"clip": "f"} and record["draws"] == 1
     with pytest.raises(ValueError, match="Out of range float"):
-        runs.write_json(path, {"a": math.nan})
-    assert json.loads(path.read_text()) == {"a": 1}
+        run.record({"a": math.inf})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == record
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_papermill_makes_an_int_of_a_text_and_start_makes_it_text_again(notebook, tmp_path, monkeypatch):
+    name = notebook()
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    space = {"shots": 3, "rate": 1, "name": 7}
+    run = runs.start(name, space)
+    assert run.parameters == {"shots": 3, "rate": 1.0, "name": "7"} and space["name"] == "7"
+    for wrong in (True, 7.5):
+        with pytest.raises(ValueError, match="name must be str"):
+            runs.start(name, {"name": wrong})
+    with pytest.raises(ValueError, match="name must be str, not int 7"):
+        runs.execute(name, {"name": 7}, tmp_path / "out")
+
+
+def test_relative_paths_are_those_of_the_caller(notebook, tmp_path, monkeypatch):
+    name = notebook(
+        "import sys\nfrom lib import runs\nfrom lib.files import find_path\nfrom pathlib import Path\n"
+        "run = runs.Run('98_try', {}, Path(__import__('os').environ['LOGIT_BIAS_RUN']))",
+        "run.record({'path': str(find_path('banks/ten').resolve()), 'root': str(find_path('data').resolve())})",
+    )
+    (tmp_path / "here" / "banks" / "ten").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["run", name, "--folder", "out"]) == 0
+    record = json.loads((tmp_path / "here" / "out" / "metrics.json").read_text())
+    assert record["metrics"]["path"] == str((tmp_path / "here" / "banks" / "ten").resolve())
+    assert record["metrics"]["root"] == str(runs.ROOT / "data"), "what is not there is looked for in the workbook"
+
+
+def test_figures_stay_in_the_folder_of_their_run(tmp_path):
+    run = runs.Run("98_try", {}, tmp_path)
+    fig, _ = plt.subplots(figsize=(1, 1))
+    run.save_figure(fig, "plane")
+    run.save_figure(fig, "seconds", gallery=False)
+    plt.close(fig)
+    drawn = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*"))
+    assert drawn == ["figures/98_plane.png", "figures/98_plane.svg", "own/98_seconds.png", "own/98_seconds.svg"]
+
+
+def test_a_new_start_clears_the_figures_of_an_earlier_one(notebook, tmp_path, monkeypatch):
+    name = notebook()
+    monkeypatch.setenv("LOGIT_BIAS_RUN", str(tmp_path / "out"))
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    (tmp_path / "out" / "figures").mkdir(parents=True)
+    for stale in ("figures/98_old.png", "metrics.json", "figures/97_other.png"):
+        (tmp_path / "out" / stale).touch()
+    runs.start(name, {})
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["97_other.png"]
+
+
+def git(folder, *command):
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(["git", *author, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def workbook(notebook, tmp_path, monkeypatch):
+    """Return a small committed workbook: one notebook that has run, a gallery with a stale figure."""
+    name = notebook()
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    (tmp_path / ".gitignore").write_text("runs/\n")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "97_stale.png").write_text("stale")
+    (tmp_path / "figures" / "speed.svg").write_text("an earlier benchmark's")
+    speed = {"notebook": "bench", "parameters": {"quick": False}, "commit": "earlier", "fingerprints": {}}
+    (tmp_path / "figures" / "index.json").write_text(json.dumps({"speed": speed, "97_stale": {"notebook": "97"}}))
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        git(tmp_path, *command)
+    return name
+
+
+def finish(root, name, given=(), figure="98_plane", **facts):
+    """Leave a finished run of a notebook, with one figure."""
+    folder = root / "runs" / name
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        (folder / "figures" / f"{figure}.{kind}").write_text(f"drawn as {kind}")
+    parameters = {"shots": 4, "rate": 0.5, "name": "a"} if name != "bench" else {"quick": False}
+    record = {"notebook": name, "parameters": parameters | dict(given), "commit": runs.commit(), "fingerprints": {}}
+    (folder / "metrics.json").write_text(json.dumps(record | facts))
+
+
+def test_the_gallery_is_what_the_runs_drew(workbook, tmp_path):
+    finish(tmp_path, workbook)
+    gallery = tmp_path / "figures"
+    assert collect.collect(tmp_path / "runs", gallery) == ["98_plane", "speed"]
+    names = sorted(path.name for path in gallery.iterdir())
+    assert names == ["98_plane.png", "98_plane.svg", "index.json", "speed.svg"], "the stale figure is gone"
+    index = json.loads((gallery / "index.json").read_text())
+    assert index["98_plane"] == {
+        **{"notebook": workbook, "parameters": {"shots": 4, "rate": 0.5, "name": "a"}},
+        **{"commit": git(tmp_path, "rev-parse", "HEAD").strip(), "fingerprints": {}},
+    }
+    assert index["speed"]["commit"] == "earlier", "no benchmark has run here"
+    finish(tmp_path, "bench", figure="speed", commit="any commit")
+    collect.collect(tmp_path / "runs", gallery)
+    assert (gallery / "speed.svg").read_text() == "drawn as svg"
+    assert json.loads((gallery / "index.json").read_text())["speed"]["commit"] == "any commit"
+    assert not runs.commit().endswith("+"), "the gallery itself is no change of the code"
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"given": {"shots": 2}}, "98_try ran with shots=2"),
+        ({"commit": "0123"}, "98_try ran at 0123, not "),
+        ({"commit": ""}, "98_try ran at no commit"),
+        (None, "98_try has not finished"),
+    ],
+)
+def test_the_gallery_refuses_other_runs_and_stays_as_it_is(workbook, tmp_path, facts, message):
+    if facts is not None:
+        finish(tmp_path, workbook, **facts)
+    with pytest.raises(ValueError, match=message):
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
+    assert git(tmp_path, "status", "--porcelain") == ""
+
+
+def test_the_gallery_refuses_changed_files_and_quick_benchmarks(workbook, tmp_path):
+    finish(tmp_path, workbook)
+    finish(tmp_path, "bench", {"quick": True}, figure="speed")
+    with pytest.raises(ValueError, match="bench ran with quick=True"):
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
+    finish(tmp_path, "bench", figure="speed", commit="0123+")
+    with pytest.raises(ValueError, match=r"bench ran at 0123\+"):
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
+    (tmp_path / "new.py").touch()
+    with pytest.raises(ValueError, match="files differ from the commit"):
+        collect.collect(tmp_path / "runs", tmp_path / "figures")
+
+
+def test_a_record_names_the_commit_that_its_run_started_at(workbook, tmp_path):
+    run = runs.Run(workbook, {}, tmp_path / "runs" / "x")
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    head = git(tmp_path, "rev-parse", "HEAD").strip()
+    (tmp_path / "figures" / "98_new.png").touch()
+    (tmp_path / "runs" / "x" / "output").touch()
+    assert runs.commit() == head, "neither a run's output nor the gallery is a change"
+    (tmp_path / "changed.py").touch()
+    run.record({})
+    assert runs.read_records(tmp_path / "runs")[0]["commit"] == head
+    assert runs.commit() == head + "+"
 
 
 def test_the_command_line_names_what_is_wrong(notebook, capsys, tmp_path):
@@ -106,11 +259,70 @@ def test_the_command_line_names_what_is_wrong(notebook, capsys, tmp_path):
     assert cli.main(["summary", str(tmp_path)]) == 2
 
 
-def test_compare_judges_every_contestant_on_every_task(make_task):
-    contestants = {"Zero-shot": ("zero_shot", {}), "AMU": ("amu", {"epochs": 3, "lam": 0.5})}
-    results = methods.compare([make_task(shots=k, seed=s) for k in (1, 2) for s in (0, 1)], contestants)
-    assert len(results) == 8 and set(results["label"]) == set(contestants)
-    amu = results[results["label"] == "AMU"]
-    assert (amu["accuracy"] >= 0).all() and all("beta" in chosen for chosen in amu["chosen"])
-    table = runs.interval_table(results)
-    assert list(table["shots"]) == [1, 1, 2, 2] and table["half"].notna().all()
+def test_the_summary_is_a_table_of_the_last_run(tmp_path, capsys):
+    rows = {"AMU-Tuning": {"16": {"mean": 61.24, "half": 0.52}, "1": {"mean": 50.0, "half": None}}}
+    run = runs.Run("05_tune_amu", {"dataset": "digits", "seeds": 3, "protocol": "val"}, tmp_path / "05_tune_amu")
+    run.folder.mkdir()
+    run.record({"accuracy": rows})
+    assert cli.main(["summary", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\n +1 +16\nAMU-Tuning +50\.0 +61\.2 ± 0\.5\n", printed) and "on digits" in printed
+
+
+def test_the_list_of_data_sets_says_which_can_only_be_tested_on(capsys, monkeypatch):
+    from lib.features import datasets
+
+    splits = {"here": ("train", "test"), "shifted": ("test",)}
+    made = {name: SimpleNamespace(classnames=("a", "b"), splits=parts) for name, parts in splits.items()}
+    monkeypatch.setattr(datasets, "names", lambda: list(made))
+    monkeypatch.setattr(datasets, "load", made.__getitem__)
+    assert cli.main(["datasets"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"here +here: 2 classes, train, test\n", printed)
+    assert re.search(r"shifted +here: 2 classes, test only: use as test=\n", printed)
+
+
+def test_published_backbones_are_openais_only():
+    names = {
+        "open_clip:ViT-B-16-quickgelu/openai": "ViT-B/16",
+        "open_clip:RN50-quickgelu/openai": "RN50",
+        "open_clip:ViT-L-14/openai": "ViT-L/14",
+        "open_clip:ViT-B-16/laion2b_s34b_b88k": "",
+        "embedded:clip": "",
+        "clip_vit_b32": "ViT-B/32",
+        "clip_RN101": "RN101",
+        "clip": "",
+    }
+    assert {name: runs.published_backbone(name) for name in names} == names
+
+
+def test_published_numbers_are_joined_only_where_everything_agrees():
+    published = pd.DataFrame(
+        [
+            ("a paper", "Table 4", "AMU-Tuning", "RN50", "imagenet", 16, "accuracy", 70.02),
+            ("a paper", "Table 4", "AMU-Tuning", "ViT-B/16", "imagenet", 16, "accuracy", 74.9),
+            ("a paper", "Table 4", "LP-CLIP", "RN50", "imagenet", 1, "accuracy", 22.17),
+            ("a paper", "Table 1", "Zero-shot CLIP", "RN50", "imagenet", 0, "accuracy", 60.33),
+            ("a paper", "Table 2", "AMU-Tuning", "RN50", "imagenet", 16, "superiority", 57.68),
+        ],
+        columns=["source", "table", "method", "clip_backbone", "dataset", "shots", "metric", "value"],
+    )
+    ours = pd.DataFrame(
+        [
+            ("AMU-Tuning", "imagenet", "RN50", 16, 69.0),
+            ("AMU-Tuning", "imagenet", "RN50", 8, 67.0),
+            ("AMU-Tuning", "imagenetv2", "RN50", 16, 60.0),
+            ("Linear probe", "imagenet", "RN50", 1, 22.0),
+            ("Zero-shot CLIP", "imagenet", "RN50", 4, 60.0),
+        ],
+        columns=["method", "dataset", "backbone", "shots", "mean"],
+    )
+    joined = runs.join_published(ours, published).set_index("method")
+    assert joined["difference"].round(2).to_dict() == {
+        "AMU-Tuning": -1.02,
+        "Linear probe": -0.17,
+        "Zero-shot CLIP": -0.33,
+    }
+    assert joined["shots"].to_dict() == {"AMU-Tuning": 16, "Linear probe": 1, "Zero-shot CLIP": 4}
+    nothing = runs.join_published(ours.assign(backbone=""), published)
+    assert len(nothing) == 0 and "difference" in nothing

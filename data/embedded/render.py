@@ -17,14 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "embedded")]
 
-from lib.files import data_root, one_line  # noqa: E402
+from lib.files import data_root, locked, one_line  # noqa: E402
 
 TABLE = json.loads((ROOT / "data" / "benchmarks.json").read_text(encoding="utf-8"))
 
@@ -34,8 +33,7 @@ def make(name: str, root: Path) -> Path:
     folder = root / TABLE["version"] / name
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{name}.lock")):
+    with locked(folder.parent, "LOGIT_BIAS_DATA"):
         if not folder.is_dir():
             unfinished = folder.with_name(f".{name}.part")
             shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
@@ -91,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.names or TABLE["generated"]:
         try:
             print(f"{name}: {make(name, options.root)}")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             print(one_line(error))
             return 1
     return 0

@@ -2,15 +2,13 @@
 
 A bank is a folder, named `features:PATH`:
 
-    meta.json                 name (str), class_names (list of str); optional: sha256 (file name to hash of the
-                              file), backbones (a mapping whose order is the encoders'), text.logit_scale,
-                              text.prompt, and whatever else tells where it comes from
+    meta.json                 name (str), class_names (list of different str); optional: sha256 (file name to hash of
+                              the file), backbones (a mapping or list whose order is the encoders'),
+                              text.logit_scale, text.prompt, and whatever else says where it comes from
     clip_NAME.safetensors     one tensor per split (train, val, test), [n, D]; float16, float32 or uint8
-    aux_NAME.safetensors      the same rows under an auxiliary encoder, [n, Da]
-    labels.safetensors        one int64 tensor per split, [n], in [0, number of class names); optional:
-                              train_shot_index [n], each row's place in its class: the K-shot support is
-                              train_shot_index < K
-    text.safetensors          `text` [C, D], or one tensor for each CLIP file, named like it
+    aux_NAME.safetensors      the same rows under an auxiliary encoder, [n, Da]; any number of files, or none
+    labels.safetensors        one integer tensor per split, [n], in [0, number of class names)
+    text.safetensors          `text` [C, D], or one tensor for each CLIP file, named like it; optional
 
 Row i of a split is the same image in every file. A CLIP file's name starts with `clip`, an auxiliary one's with
 `aux`; the name without its ending is the encoder's name.
@@ -18,204 +16,237 @@ Row i of a split is the same image in every file. A CLIP file's name starts with
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64, Num
+from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.files import file_hash, find_path
+from lib.features.images import SPLITS
+from lib.files import file_hash, find_path, write_json
 
-SHOT_INDEX = "train_shot_index"
-
-
-def folder(name: str) -> Path:
-    """Return the folder of `features:PATH`.
-
-    Raises:
-        ValueError: it is not a bank.
-    """
-    path = find_path(name.removeprefix("features:"))
-    if not (path / "meta.json").is_file():
-        raise ValueError(f"{name}: no meta.json in {path}, so it is not a bank of features")
-    return path
+LOGIT_SCALE = 100.0  # the temperature CLIP converges to and every few-shot method of the field uses
+Array = Tensor | np.ndarray
+Arrays = Mapping[str, Mapping[str, Array]]  # encoder to split to features
+TEXT_HELP = """encode prompts of the class names with the same CLIP and give them to save_bank(text=…), or to \
+python data/import_cache.py --text FILE"""
 
 
-def meta(name: str) -> dict[str, Any]:
-    """Return meta.json.
+class FeatureBank:
+    """A folder of features, `features:PATH`; meta.json is read once, each file mapped and its sha256 compared once."""
 
-    Raises:
-        ValueError: it cannot be read, or lacks `name` or `class_names`.
-    """
-    try:
-        found = json.loads((folder(name) / "meta.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: meta.json cannot be read: {error}") from error
-    missing = {"name", "class_names"} - set(found)
-    if missing:
-        raise ValueError(f"{name}: meta.json lacks {', '.join(sorted(missing))}")
-    return found
+    def __init__(self, path: str | Path):
+        self.folder = find_path(str(path).removeprefix("features:"))
+        self.card = _read_card(self.folder / "meta.json")
+        self.name: str = self.card["name"]
+        self.class_names: tuple[str, ...] = tuple(self.card["class_names"])
+        order = list(self.card.get("backbones", ()))  # those first and in this order, the rest by name
+        stems = sorted(file.stem for file in self.folder.glob("*.safetensors"))
+        stems.sort(key=lambda stem: order.index(stem) if stem in order else len(order))
+        self.clip_encoders = tuple(stem for stem in stems if stem.startswith("clip"))
+        self.aux_encoders = tuple(stem for stem in stems if stem.startswith("aux"))
+        if not self.clip_encoders:
+            raise ValueError(f"{self.folder}: no file clip*.safetensors")
+        self._mapped: dict[str, dict[str, Tensor]] = {}
 
+    @property
+    def splits(self) -> tuple[str, ...]:  # those that have labels
+        return tuple(split for split in SPLITS if split in self._tensors("labels"))
 
-def encoders(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the CLIP files and of the auxiliary files.
+    def rows(self, split: str, encoder: str) -> tuple[Float[Tensor, "n D"], Int64[Tensor, " n"]]:
+        """Features (float32, in the scale they were stored in) and labels of a split; `val` may be empty."""
+        encoders = self.clip_encoders + self.aux_encoders
+        if encoder not in encoders:
+            raise ValueError(f"{self.folder} has no encoder {encoder!r}; it has {', '.join(encoders)}")
+        stored, labels, what = self._tensors(encoder), self._tensors("labels"), f"{self.folder}, {encoder}"
+        for part in (stored, labels):
+            if split not in part:
+                has = ", ".join(name for name in SPLITS if name in part)
+                raise ValueError(f"{what}: has no split {split!r}; it has {has}")
+        dims = {part: tuple(x.shape[1:]) for part, x in stored.items()}
+        if len(set(dims.values())) > 1:
+            raise ValueError(f"{what}: dimensions differ between splits: {dims}")
+        y = _integers(f"{what}, {split}", labels[split], len(self.class_names))
+        if split == "test" and len(y) == 0:
+            raise ValueError(f"{what}, test: no images to test on")
+        return _numbers(f"{what}, {split}", stored[split], len(y), "labels"), y
 
-    Those that meta.json lists under `backbones` come first and in its order, the rest by name.
+    def has_text(self, encoder: str) -> bool:
+        """Whether `text` has features for a CLIP file."""
+        stored = self._tensors("text") if (self.folder / "text.safetensors").is_file() else {}
+        return encoder in self.clip_encoders and bool({encoder, "text"} & set(stored))
 
-    Raises:
-        ValueError: there is no CLIP file.
-    """
-    path = folder(name)
-    listed = list(meta(name).get("backbones", ()))
-    found = sorted(p.stem for p in path.glob("*.safetensors"))
-    found.sort(key=lambda stem: listed.index(stem) if stem in listed else len(listed))
-    clip, aux = (tuple(stem for stem in found if stem.startswith(kind)) for kind in ("clip", "aux"))
-    if not clip:
-        raise ValueError(f"{name}: no file clip*.safetensors")
-    return clip, aux
+    def text(self, encoder: str) -> Float[Tensor, "C D"]:
+        """Stored text features of a CLIP file, one row per class, not normalised."""
+        if encoder not in self.clip_encoders:
+            has = ", ".join(self.clip_encoders)
+            raise ValueError(f"{self.folder}: {encoder!r} has no text features; CLIP files are {has}")
+        if not (self.folder / "text.safetensors").is_file():
+            raise ValueError(f"{self.folder}: no file text.safetensors with the class texts of {encoder}; {TEXT_HELP}")
+        stored = self._tensors("text")
+        if not self.has_text(encoder):
+            has = ", ".join(stored)
+            raise ValueError(f"{self.folder}: text.safetensors has no tensor {encoder!r} or 'text'; it has {has}")
+        x = stored[encoder if encoder in stored else "text"]
+        x = _numbers(f"{self.folder}, text of {encoder}", x, len(self.class_names), "class names")
+        for images in self._tensors(encoder).values():
+            if images.shape[1:] != x.shape[1:]:
+                has = ", ".join(map(str, images.shape[1:]))
+                raise ValueError(f"{self.folder}: text features have {x.shape[1]} dimensions, {encoder} has {has}")
+        return x
 
+    def hashes(self, *stems: str) -> dict[str, str]:
+        """sha256 of some of the files; `clip_x` means clip_x.safetensors."""
+        return {stem: file_hash(self.folder / f"{stem}.safetensors") for stem in stems}
 
-def rows(name: str, split: str, encoder: str) -> tuple[Float[Tensor, "n D"], Int64[Tensor, " n"]]:
-    """Return features (float32, in the scale they were stored in) and labels of a split.
-
-    Raises:
-        ValueError: a missing file or split, or parts that disagree.
-    """
-    clip, aux = encoders(name)
-    if encoder not in clip + aux:
-        raise ValueError(f"{name} has no encoder {encoder!r}; it has {', '.join(clip + aux)}")
-    stored, labels = _read(name, encoder), _read(name, "labels")
-    for part in (stored, labels):
-        if split not in part:
-            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(sorted(set(part) - {SHOT_INDEX}))}")
-    dims = {part: tuple(x.shape[1:]) for part, x in stored.items()}
-    if len(set(dims.values())) > 1:
-        raise ValueError(f"{name}, {encoder}: dimensions differ between splits: {dims}")
-    x, y = stored[split], labels[split]
-    _check(f"{name}, {split}, {encoder}", x, y, len(meta(name)["class_names"]))
-    return x.float(), y
-
-
-def text(name: str, encoder: str) -> Float[Tensor, "C D"]:
-    """Return the stored text features of a CLIP file, one row per class.
-
-    Raises:
-        ValueError: there are none, or their classes or dimensions disagree with the bank's.
-    """
-    if encoder not in encoders(name)[0]:
-        raise ValueError(f"{name}: {encoder!r} has no text features; CLIP files are {', '.join(encoders(name)[0])}")
-    stored = _read(name, "text")
-    if encoder not in stored and "text" not in stored:
-        raise ValueError(f"{name}: text.safetensors has no tensor {encoder!r} or 'text'; it has {', '.join(stored)}")
-    x = stored.get(encoder, stored.get("text"))
-    classes = len(meta(name)["class_names"])
-    if x.ndim != 2 or len(x) != classes:
-        raise ValueError(f"{name}: text features are {tuple(x.shape)}, meta.json names {classes} classes")
-    dim = next(iter(_read(name, encoder).values())).shape[1]
-    if x.shape[1] != dim:
-        raise ValueError(f"{name}: text features have {x.shape[1]} dimensions, {encoder} has {dim}")
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name}: text features hold NaN or infinite values")
-    return x.float()
-
-
-def shot_index(name: str) -> Int64[Tensor, " n"] | None:
-    """Return each training row's place in its class, if the bank gives it.
-
-    Raises:
-        ValueError: it has another length than the training labels.
-    """
-    labels = _read(name, "labels")
-    index = labels.get(SHOT_INDEX)
-    if index is not None and len(index) != len(labels.get("train", ())):
-        raise ValueError(f"{name}: {len(index)} shot indices for {len(labels.get('train', ()))} training labels")
-    return index
+    def _tensors(self, stem: str) -> dict[str, Tensor]:
+        """Tensors of one file, mapped into memory."""
+        if stem in self._mapped:
+            return self._mapped[stem]
+        path = self.folder / f"{stem}.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{self.folder}: no file {path.name}")
+        expected = self.card.get("sha256", {}).get(path.name)
+        if expected and file_hash(path) != expected:
+            differs = f"{path.name} has sha256 {file_hash(path)[:12]}…, meta.json says {expected[:12]}…"
+            raise ValueError(f"{self.folder}: {differs}; it is damaged or was replaced, restore it from its source")
+        try:
+            with safe_open(path, framework="pt") as stored:
+                self._mapped[stem] = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder}: {path.name} cannot be read: {error}") from error
+        return self._mapped[stem]
 
 
-def hashes(name: str, *parts: str) -> dict[str, str]:
-    """Return the sha256 of some of the bank's files, `clip_x` meaning clip_x.safetensors."""
-    return {part: file_hash(folder(name) / f"{part}.safetensors") for part in parts}
+def open_bank(name: str) -> FeatureBank:
+    """The bank `features:PATH`; the same object as long as no file in its folder has changed."""
+    folder = find_path(name.removeprefix("features:"))
+    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
+    return _open_bank(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@lru_cache(maxsize=4)
+def _open_bank(folder: Path, _: tuple[tuple[str, int, int], ...]) -> FeatureBank:
+    return FeatureBank(folder)
 
 
 def save_bank(
-    path: Path,
+    path: str | Path,
     *,
-    clip: Mapping[str, Mapping[str, Num[Tensor, "_ _"]]],
-    aux: Mapping[str, Mapping[str, Num[Tensor, "_ _"]]],
-    text: Mapping[str, Float[Tensor, "_ _"]],
-    labels: Mapping[str, Int64[Tensor, " _"]],
-    class_names: Sequence[str],
+    clip: Arrays,  # names start with `clip`, those of `aux` with `aux`
+    labels: Mapping[str, Array],  # split to labels, integers of any width
+    class_names: Iterable[str],
+    aux: Arrays | None = None,
+    text: Mapping[str, Array] | None = None,  # CLIP encoder name to text features
     name: str = "",
-    **meta: object,
+    **meta: object,  # further entries of meta.json
 ) -> Path:
-    """Write a bank; meta.json, with every file's sha256, comes last.
-
-    Args:
-        path: a folder that does not exist yet, or is empty.
-        clip, aux: encoder name to split to features; names start with `clip` and `aux`.
-        text: CLIP encoder name to text features; empty where there are none.
-        labels: split to labels, and optionally `train_shot_index`.
-        meta: further entries of meta.json.
-
-    Raises:
-        ValueError: the folder holds something, a name starts wrongly, or parts disagree.
-    """
-    if path.exists() and any(path.iterdir()):
+    """Write a bank from tensors or numpy arrays into a new folder, read it back, and only then give it its name."""
+    path, aux, text = Path(path).absolute(), aux or {}, text or {}
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is not empty; a bank is written into a new folder")
-    for kind, group in (("clip", clip), ("aux", aux)):
-        for encoder, splits in group.items():
-            if not encoder.startswith(kind):
-                raise ValueError(f"{kind} features are named {kind}…, not {encoder!r}")
-            for split, x in splits.items():
-                if split not in labels:
-                    raise ValueError(f"{encoder} has split {split!r}, labels have {', '.join(labels)}")
-                _check(f"{encoder}, {split}", x, labels[split], len(class_names))
-    for encoder, x in text.items():
-        if encoder not in clip:
-            raise ValueError(f"text features for {encoder!r}, CLIP features for {', '.join(clip)}")
-        if len(x) != len(class_names):
-            raise ValueError(f"text features of {encoder} have {len(x)} rows, there are {len(class_names)} class names")
-    path.mkdir(parents=True, exist_ok=True)
+    for kind, encoders in {"clip": clip, "aux": aux, "labels": {"labels": labels}}.items():
+        for stem, splits in encoders.items():
+            if not stem.startswith(kind) or Path(stem).name != stem:
+                named = f"{kind} features are named {kind}…, not {stem!r}"
+                raise ValueError(f"{named}; that becomes a file's name, without '/'")
+            wrong = [split for split in splits if split not in SPLITS or split not in labels]
+            if wrong:
+                has = f"splits are {', '.join(SPLITS)}, labels have {', '.join(labels)}"
+                raise ValueError(f"{stem} has split {wrong[0]!r}; {has}")
     files = {**clip, **aux, "labels": labels} | ({"text": text} if text else {})
-    for stem, tensors in files.items():
-        save_file({key: x.contiguous() for key, x in tensors.items()}, path / f"{stem}.safetensors")
-    sums = {f"{stem}.safetensors": file_hash(path / f"{stem}.safetensors") for stem in files}
-    record = {"name": name or path.name, "class_names": list(class_names), **meta, "sha256": sums}
-    partial = path / "meta.json.partial"
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path / "meta.json")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        for stem, arrays in files.items():
+            tensors = {key: _tensor(f"{stem}, {key}", x) for key, x in arrays.items()}
+            save_file(tensors, partial / f"{stem}.safetensors")
+        sums = {f"{stem}.safetensors": file_hash(partial / f"{stem}.safetensors") for stem in files}
+        names = class_names if isinstance(class_names, str) else list(class_names)
+        write_json(partial / "meta.json", {"name": name or path.name, "class_names": names, **meta, "sha256": sums})
+        bank = FeatureBank(partial)
+        for encoder in (*clip, *aux):
+            for split in files[encoder]:
+                bank.rows(split, encoder)
+        for encoder in text:
+            bank.text(encoder)
+        os.replace(partial, path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(partial), str(path))) from error
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
-def _read(name: str, stem: str) -> dict[str, Tensor]:
-    """Return the tensors of one file, mapped into memory, after comparing its sha256 with the one in meta.json."""
-    path = folder(name) / f"{stem}.safetensors"
+def _read_card(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{name}: no file {path.name}")
-    expected = meta(name).get("sha256", {}).get(path.name)
-    if expected and file_hash(path) != expected:
-        raise ValueError(
-            f"{name}: {path.name} has sha256 {file_hash(path)[:12]}…, meta.json says {expected[:12]}…; "
-            "the file is damaged or was replaced, restore it from its source"
-        )
+        raise ValueError(f"no meta.json in {path.parent}, so it is not a bank of features")
     try:
-        with safe_open(path, framework="pt") as stored:
-            return {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{name}: {path.name} cannot be read: {error}") from error
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} must hold a mapping, not {card!r:.40}")
+    for field, (what, fits) in FIELDS.items():
+        if field not in card and field in ("name", "class_names"):
+            raise ValueError(f"{path} lacks {field}")
+        if field in card and not fits(card[field]):
+            raise ValueError(f"{path}: {field} must be {what}, not {card[field]!r:.60}")
+    names = card["class_names"]
+    if len(set(names)) < len(names):
+        repeated = max(names, key=names.count)
+        raise ValueError(f"{path}: class_names must differ, {repeated!r} is there more than once")
+    return card
 
 
-def _check(what: str, x: Num[Tensor, "..."], y: Int64[Tensor, "..."], classes: int) -> None:
-    if x.ndim != 2 or y.ndim != 1:
-        raise ValueError(f"{what}: features must be [n, D] and labels [n], not {tuple(x.shape)} and {tuple(y.shape)}")
-    if len(x) != len(y):
-        raise ValueError(f"{what}: {len(x)} rows of features, {len(y)} labels")
+def _is_text(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("prompt") or "", str):
+        return False
+    return isinstance(value.get("logit_scale", LOGIT_SCALE), (int, float))
+
+
+FIELDS = {  # of meta.json: what each holds, and a test of it
+    "name": ("a string", lambda value: isinstance(value, str)),
+    "class_names": ("a list of strings", lambda value: isinstance(value, list) and {*map(type, value)} == {str}),
+    "sha256": ("a mapping to strings", lambda value: isinstance(value, dict) and {*map(type, value.values())} <= {str}),
+    "backbones": ("a list or a mapping", lambda value: isinstance(value, (list, dict))),
+    "text": ("a mapping with prompt (a string) and logit_scale (a number)", _is_text),
+}
+
+
+def _tensor(what: str, values: Array) -> Tensor:
+    try:
+        x = torch.from_numpy(np.require(values, requirements="CW")) if isinstance(values, np.ndarray) else values
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}") from error
+    return x.contiguous()
+
+
+def _integers(what: str, y: Tensor, classes: int) -> Int64[Tensor, " n"]:
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1:
+        kind = str(y.dtype).removeprefix("torch.")
+        raise ValueError(f"{what}: labels must be integers [n], not {kind} {tuple(y.shape)}")
+    y = y.long()
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         raise ValueError(f"{what}: labels run from {int(y.min())} to {int(y.max())}, there are {classes} class names")
-    if x.is_floating_point() and not torch.isfinite(x).all():
+    return y
+
+
+def _numbers(what: str, x: Tensor, rows: int, of: str) -> Float[Tensor, "n D"]:
+    if x.ndim != 2 or len(x) != rows:
+        raise ValueError(f"{what}: features are {tuple(x.shape)}, expected one row for each of {rows} {of}")
+    x = x.float()
+    if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x).all(dim=1)).sum())
         raise ValueError(f"{what}: {bad} of {len(x)} rows hold NaN or infinite values")
+    return x

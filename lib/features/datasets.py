@@ -25,18 +25,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from lib.features import sources
 from lib.features.images import ImageSplit, draw, shared
-from lib.features.sources import Listing
 from lib.files import data_root, find_path, nearest
 
 __all__ = ["Dataset", "ImageSplit", "load", "names", "prompts", "shared"]
 VAL_SHOTS = 4  # CoOp tunes on min(shots, 4) validation images of each class
 GRAMMAR = "folder:PATH, csv:PATH, features:PATH, or NAME@SHOTS/SEED for the field's own few-shot draw"
 DRAW = re.compile(r"@([1-9]\d*)/(\d+)$")
+OWN = {"family": "own", "templates": ["a photo of a {}."]}  # the card of folders and tables
 TEMPLATES_FROM = {
+    "own": "templates: CLIP's default",
     "generated": "templates: the embedded world's",
     "benchmark": "template: CoOp's and Tip-Adapter's",
     "imagenet": "templates: Tip-Adapter's 7",
@@ -46,25 +45,16 @@ Prompts = Sequence[str] | Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set; no file is listed or made before `images` is called, except where the splits need it.
-
-    Attributes:
-        classnames: as they enter a prompt, in label order.
-        templates: prompts with one `{}` for the class name.
-        splits: those that `images` accepts.
-        source: where class names, splits and templates come from; it belongs in a run's record.
-        codes: WordNet ids of the classes, where they have them.
-        aux: the auxiliary encoders that are taken by default, where its card names some.
-    """
+    """A data set; no file is listed or made before `images` is called, except where the splits need it."""
 
     name: str
-    classnames: tuple[str, ...]
-    templates: tuple[str, ...]
-    splits: tuple[str, ...]
-    source: str
+    classnames: tuple[str, ...]  # as they enter a prompt, in label order
+    templates: tuple[str, ...]  # prompts with one `{}` for the class name
+    splits: tuple[str, ...]  # those that `images` accepts
+    source: str  # where class names, splits and templates come from; it belongs in a run's record
     open_split: Callable[[str], ImageSplit] = field(repr=False)
-    codes: tuple[str, ...] = field(default=(), repr=False)
-    aux: tuple[str, ...] = ()
+    codes: tuple[str, ...] = field(default=(), repr=False)  # WordNet ids of the classes, where they have them
+    aux: tuple[str, ...] = ()  # auxiliary encoders taken by default, where its card names some
 
     @property
     def base(self) -> str:
@@ -72,11 +62,7 @@ class Dataset:
         return DRAW.sub("", self.name)
 
     def images(self, split: str) -> ImageSplit:
-        """The images of one split; a generated set is made at the first call.
-
-        Raises:
-            ValueError: the data set has no such split, or no such files.
-        """
+        """The images of one split; a generated set is made at the first call."""
         if split in self.splits:
             return self.open_split(split)
         if split == "train" and self.splits == ("test",):
@@ -91,59 +77,44 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str, root: Path | None = None) -> Dataset:
-    """The data set of that name.
-
-    Args:
-        name: one of those in the module's docstring.
-        root: the folder of downloaded and generated data sets; see `data_root`.
-
-    Raises:
-        ValueError: an unknown name, a bank of features, or files that are missing.
-    """
+    """The data set of a name that the module's docstring lists; see `data_root` for `root`."""
     few_shot = DRAW.search(name)
     if few_shot:
         return _drawn(load(DRAW.sub("", name), root), name, shots=int(few_shot[1]), seed=int(few_shot[2]))
     prefix, _, path = name.partition(":")
-    if prefix in ("folder", "csv") and path:
-        listing = sources.folder(find_path(path)) if prefix == "folder" else sources.csv_file(find_path(path))
-        return _from_listing(name, listing, ("a photo of a {}.",), "templates: CLIP's default")
-    if prefix == "features":
-        raise ValueError(f"{name} is a bank of features and holds no images; features.load reads it")
     card = sources.cards().get(name)
-    if card is None:
+    if prefix in ("folder", "csv") and path:
+        card, listing = OWN, (sources.folder if prefix == "folder" else sources.csv_file)(find_path(path))
+    elif prefix == "features":
+        raise ValueError(f"{name} is a bank of features and holds no images; features.load reads it")
+    elif card is None:
         raise ValueError(f"unknown data set {name!r}; {nearest(name, names(), count=3)}, {GRAMMAR}")
+    else:
+        listing = sources.listing(name, data_root(root))
     templates = tuple(card["templates"]) if "templates" in card else ensemble("7")
-    listing = sources.listing(name, data_root(root))
-    return _from_listing(name, listing, templates, TEMPLATES_FROM[card["family"]], tuple(card.get("aux", ())))
+    source, aux = f"{listing.made_by}; {TEMPLATES_FROM[card['family']]}", tuple(card.get("aux", ()))
+    splits = tuple(listing.splits)
+    return Dataset(name, listing.classnames, templates, splits, source, listing.images, listing.codes, aux)
 
 
 def prompts(choice: str | Prompts | None, dataset: Dataset) -> Prompts:
-    """The prompts that a name stands for.
+    """Templates with one `{}`, or sentences for every class name of the data set.
 
-    Args:
-        choice: None for the data set's own templates; `7` or `80` for the ensembles of OpenAI's ImageNet notebook; the
-            path of a text file (a template a line) or a JSON file (a list of templates, or class name to sentences);
-            or the templates or sentences themselves.
-
-    Returns:
-        Templates with one `{}`, or sentences for every class name of the data set.
-
-    Raises:
-        ValueError: no such file, a template without `{}`, classes without sentences.
+    `choice` is None for the data set's own templates; `7` or `80` for the ensembles of OpenAI's ImageNet notebook; the
+    path of a text file (a template a line) or a JSON file (a list of templates, or class name to sentences); or the
+    templates or sentences themselves.
     """
     if choice is None:
         return dataset.templates
     if isinstance(choice, str):
         choice = ensemble(choice) if choice in ("7", "80") else _prompt_file(find_path(choice))
     if isinstance(choice, Mapping):
-        given = {_plain(name): tuple(sentences) for name, sentences in choice.items()}
-        lacking = [name for name in dataset.classnames if not given.get(_plain(name))]
+        given = {plain_name(name): tuple(sentences) for name, sentences in choice.items()}
+        lacking = [name for name in dataset.classnames if not given.get(plain_name(name))]
         if lacking:
-            raise ValueError(
-                f"sentences are given for {len(given)} classes, {dataset.name} has {len(dataset.classnames)}; "
-                f"{len(lacking)} have none, first {lacking[0]!r}"
-            )
-        return {name: given[_plain(name)] for name in dataset.classnames}
+            sizes = f"sentences are given for {len(given)} classes, {dataset.name} has {len(dataset.classnames)}"
+            raise ValueError(f"{sizes}; {len(lacking)} have none, first {lacking[0]!r}")
+        return {name: given[plain_name(name)] for name in dataset.classnames}
     wrong = [template for template in choice if template.count("{}") != 1]
     if wrong or not choice:
         raise ValueError(f"a template has one {{}} for the class name; got {wrong[0]!r}" if wrong else "no templates")
@@ -174,35 +145,20 @@ def _prompt_file(path: Path) -> Prompts:
     return prompts
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A class's name as two spellings of it are compared: lower case, one space between words."""
     return re.sub(r"[\s_]+", " ", name).strip().lower()
 
 
-def _from_listing(
-    name: str, listing: Listing, templates: tuple[str, ...], templates_from: str, aux: tuple[str, ...] = ()
-) -> Dataset:
-    def open_split(split: str) -> ImageSplit:
-        items = listing.splits[split]()
-        labels = torch.tensor([label for _, label in items], dtype=torch.int64)
-        return ImageSplit(labels, tuple(path for path, _ in items), listing.root, listing.exact)
-
-    source = f"{listing.made_by}; {templates_from}"
-    splits = tuple(listing.splits)
-    return Dataset(name, listing.classnames, templates, splits, source, open_split, listing.codes, aux)
-
-
 def _drawn(data: Dataset, name: str, shots: int, seed: int) -> Dataset:
-    """The data set with train and val replaced by the few-shot draw.
-
-    One generator goes through train, then val, as in CoOp.
-    """
+    """The data set with train and val replaced by the few-shot draw."""
     if not {"train", "val"} <= set(data.splits):
         raise ValueError(f"{name}: {data.name} has no train and val to draw from, only {', '.join(data.splits)}")
 
     def open_split(split: str) -> ImageSplit:
         if split == "test":
             return data.images(split)
-        rng = random.Random(seed)
+        rng = random.Random(seed)  # goes through train, then val, as in CoOp
         for part, count in (("train", shots), ("val", min(shots, VAL_SHOTS))):
             images = data.images(part)
             try:

@@ -1,27 +1,26 @@
-"""Extraction that survives: images to a bank of features in numbered shards, resumed after any interruption.
+"""Extraction that survives: images to cached features in numbered shards, resumed after any interruption.
 
-A bank's folder holds, while it grows, `shard-00012-SHA256.safetensors`: features [views, m, D] and the row numbers
-[m] of up to SHARD images, the file's own sha256 in its name. A shard is written under a temporary name, synced,
-then renamed, so that a file with a final name is whole; one whose content does not match its name is computed
-again. When no shard is missing they are joined into `features.safetensors`, and `manifest.json` is written last.
-Batches never cross shards: on the same device and with the same batch size, an interrupted run ends with the same
-bytes as an uninterrupted one.
+The fingerprint of an entry covers the images' manifest, the split, the encoder's name, weights and preprocessing, the
+precision, the views and the version of this code. While an entry's folder grows it holds
+`shard-00012-SHA256.safetensors`: features [views, m, D] and the row numbers [m] of up to SHARD images, the file's own
+sha256 in its name; one whose content does not match its name is computed again. When no shard is missing they are
+joined into `features.safetensors`, and `manifest.json` is written last. Batches never cross shards: on one device and
+with one batch size, an interrupted run ends with the same bytes as an uninterrupted one.
 """
 
 import hashlib
 import json
 import math
+import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -29,23 +28,95 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lib.features import encoders as backbones
-from lib.features.encoders import Encoder
+from lib.features.encoders import Encoder, EncoderSpec, load_encoder
 from lib.features.images import ImageSplit
-from lib.files import file_hash, replace_file
+from lib.files import file_hash, locked, one_line, replace_file, write_json
 
+VERSION = 1  # raise it when the same images and weights would give other features
 SHARD = 256  # images
 AUGMENTATION_SEED = 1
+Entry = tuple[Float[Tensor, "..."], Int64[Tensor, " n"], dict[str, Any]]  # features (mapped), labels, manifest
 
 
 @dataclass(frozen=True)
 class Job:
-    """One bank to make: where, under which encoder, and the ingredients of its fingerprint."""
+    """An entry of the cache."""
 
     encoder: str
     folder: Path
-    ingredients: Mapping[str, Any]
+    ingredients: Mapping[str, Any]  # of its fingerprint
     fingerprint: str
+
+
+def make_job(spec: EncoderSpec, place: Path, precision: str, **further: Any) -> Job:
+    """The entry below `place` whose features depend on the encoder, the precision and `further`."""
+    ingredients = {"version": VERSION, "encoder": spec.name, "weights": spec.weights_hash, "precision": precision}
+    ingredients |= {"preprocess": dict(spec.preprocess), "settings": dict(spec.settings), **further}
+    digest = fingerprint(ingredients)
+    return Job(spec.name, place / f"{slug(spec.name)}-{digest[:16]}", ingredients, digest)
+
+
+def fingerprint(ingredients: Mapping[str, Any]) -> str:
+    """sha256 of a mapping that JSON can hold."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def slug(text: str) -> str:
+    """A file name of at most 80 characters."""
+    return re.sub(r"[^A-Za-z0-9.@_-]+", "_", text)[-80:]
+
+
+def cached(jobs: Sequence[Job], make: Callable[[list[Job]], None]) -> list[Entry]:
+    """The entries of `jobs`; those that are missing are handed to `make` while their folders are locked."""
+    missing = {job.folder: job for job in jobs if read(job) is None}
+    with ExitStack() as stack:
+        for folder in sorted(missing):
+            stack.enter_context(locked(folder))
+        todo = [job for job in missing.values() if read(job) is None]  # another process may have made it
+        if todo:
+            make(todo)
+    return [read(job) for job in jobs]
+
+
+def read(job: Job) -> Entry | None:
+    """A finished entry, or None if it must be made; a damaged one is named in a warning and counts as not made."""
+    path = job.folder / "features.safetensors"
+    if not (job.folder / "manifest.json").is_file():
+        return None
+    try:
+        manifest = json.loads((job.folder / "manifest.json").read_text())
+        if manifest["fingerprint"] != job.fingerprint:
+            raise ValueError(f"its fingerprint is {manifest['fingerprint'][:12]}…, not {job.fingerprint[:12]}…")
+        if file_hash(path) != manifest["sha256"]:
+            raise ValueError(f"sha256 is {file_hash(path)[:12]}…, the manifest says {manifest['sha256'][:12]}…")
+        with safe_open(path, framework="pt") as stored:
+            return stored.get_tensor("x"), stored.get_tensor("y"), manifest
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        warnings.warn(f"damaged cache {path} ({error}); extracting again", stacklevel=3)
+        return None
+
+
+def write(job: Job, shape: Sequence[int], chunks: Iterable[Tensor], **facts: Any) -> None:
+    """Write an entry piece by piece, then its manifest: labels (int64) first, then features (float32) of `shape`.
+
+    safetensors itself writes from memory only, and an entry may be larger than that. Its format: the header's length
+    as 8 bytes, the header as JSON padded to a multiple of 8, the tensors' bytes.
+    """
+    n, size = shape[-2], 4 * math.prod(shape)
+    y = {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]}
+    x = {"dtype": "F32", "shape": list(shape), "data_offsets": [8 * n, 8 * n + size]}
+    header = json.dumps({"y": y, "x": x}).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+
+    def write_pieces(stream: BinaryIO) -> None:
+        for piece in (len(header).to_bytes(8, "little"), header, *(chunk.contiguous().numpy() for chunk in chunks)):
+            digest.update(piece)
+            stream.write(piece)
+
+    replace_file(job.folder / "features.safetensors", write_pieces)
+    manifest = {"fingerprint": job.fingerprint, "sha256": digest.hexdigest(), "shape": list(shape), **facts}
+    write_json(job.folder / "manifest.json", manifest | {"ingredients": dict(job.ingredients)})
 
 
 def extract(
@@ -59,131 +130,61 @@ def extract(
     num_workers: int,
     quarantine: bool,
 ) -> None:
-    """Make several banks of the same images, decoding each image once.
-
-    Args:
-        views: 1 for the plain image; more for that many random crops and flips of each.
-        batch_size: network inputs at once, views included.
-        num_workers: processes that decode; 0 decodes here.
-        quarantine: leave out images that cannot be decoded, with their labels, instead of stopping.
-
-    Raises:
-        ValueError: the cache cannot be written or has no room, an image cannot be decoded, an encoder gives
-            values that are not finite.
-    """
-    encoders = [backbones.load(job.encoder, device, precision) for job in jobs]
+    """Make several entries of the same images, decoding each image once; see `load.load_many` for the options."""
+    encoders = [load_encoder(job.encoder, device, precision) for job in jobs]
     for job, encoder in zip(jobs, encoders, strict=True):
         _require_room(job.folder, len(images) * views * encoder.dim * 4)
-    total, per_batch = len(images), max(1, batch_size // views)
-    shards = set(range(-(-total // SHARD)))
-    missing = [shards - set(_shards(job.folder)) for job in jobs]
-    batches = {shard: _batches(shard, total, per_batch) for shard in sorted(set().union(*missing))}
-    done = total - sum(len(batch) for found in batches.values() for batch in found)
+    count = math.ceil(len(images) / SHARD)
+    missing = [set(range(count)) - set(_shards(job.folder)) for job in jobs]
+    batches = {}
+    for shard in sorted(set().union(*missing)):
+        rows, size = range(len(images))[shard * SHARD :][:SHARD], max(1, batch_size // views)
+        batches[shard] = [rows[start : start + size] for start in range(0, len(rows), size)]
+    order = [batch for group in batches.values() for batch in group]
     decoder = _Decoder(images, [e.transform if views == 1 else e.augment for e in encoders], views)
-    names = ", ".join(job.encoder for job in jobs)
-    bar = tqdm(total=total, initial=done, unit="img", desc=names, disable=None)
-    with closing(_decoded(decoder, [b for found in batches.values() for b in found], num_workers)) as decoded, bar:
-        for shard, found in batches.items():
-            lacking = [shard in lost for lost in missing]
-            parts: list[list[Tensor]] = [[] for _ in jobs]
+    generator = torch.Generator()  # the loader would otherwise draw from the caller's
+    loader = DataLoader(decoder, batch_sampler=order, num_workers=num_workers, collate_fn=list, generator=generator)
+    names, done = ", ".join(job.encoder for job in jobs), len(images) - sum(map(len, order))
+    bar = tqdm(total=len(images), initial=done, unit="img", desc=names, disable=None)
+    with closing(batch for batch in loader) as decoded, bar:  # closing ends the worker processes at once
+        for shard, group in batches.items():
+            parts = {i: [torch.empty(views, 0, encoders[i].dim)] for i in range(len(jobs)) if shard in missing[i]}
             kept: list[int] = []
             bad: dict[str, str] = {}
-            for batch in found:
-                inputs = next(decoded)
-                failed = {images.ids[row]: error for row, error, _ in inputs if error}
-                if failed and not quarantine:
-                    raise ValueError(_undecodable(failed))
-                bad |= failed
-                rows = [row for row, error, _ in inputs if not error]
+            for batch in group:
+                items = next(decoded)
+                bad |= {images.ids[row]: error for row, error, _ in items if error}
+                if bad and not quarantine:
+                    raise ValueError(_undecodable(bad))
+                rows = [row for row, error, _ in items if not error]
                 kept += rows
-                for place, encoder in enumerate(encoders):
-                    if rows and lacking[place]:
-                        views_of_rows = torch.stack([tensors[place] for _, error, tensors in inputs if not error])
-                        parts[place].append(_encode(encoder, views_of_rows, images, rows))
+                for i, encoded in parts.items() if rows else ():
+                    inputs = torch.stack([tensors[i] for _, error, tensors in items if not error])
+                    encoded.append(_encode(encoders[i], inputs, [images.ids[row] for row in rows]))
                 bar.update(len(batch))
-            for place, job in enumerate(jobs):
-                if lacking[place]:
-                    x = torch.cat(parts[place] or [torch.empty(views, 0, encoders[place].dim)], dim=1)
-                    _write_shard(job.folder, shard, x, kept, bad)
+            for i, encoded in parts.items():
+                arrays = {"x": torch.cat(encoded, dim=1), "rows": torch.tensor(kept, dtype=torch.int64)}
+                data = save(arrays, {"bad": json.dumps(bad)})
+                path = jobs[i].folder / f"shard-{shard:05d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+                replace_file(path, lambda stream, data=data: stream.write(data))
     for job, encoder in zip(jobs, encoders, strict=True):
-        _join(job, images, encoder, views, len(shards))
+        _join(job, images, encoder, views, count)
 
 
-def read(job: Job) -> tuple[Float[Tensor, "..."], Int64[Tensor, " n"], dict[str, Any]] | None:
-    """Return a finished bank (features mapped into memory, labels, manifest), or None if it must be made.
-
-    A damaged bank is named in a warning and counts as not made.
-    """
-    manifest_path, data_path = job.folder / "manifest.json", job.folder / "features.safetensors"
-    if not manifest_path.is_file():
-        return None
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        if manifest["fingerprint"] != job.fingerprint:
-            raise ValueError(f"its fingerprint is {manifest['fingerprint'][:12]}…, not {job.fingerprint[:12]}…")
-        found = file_hash(data_path)
-        if found != manifest["sha256"]:
-            raise ValueError(f"sha256 is {found[:12]}…, the manifest says {manifest['sha256'][:12]}…")
-        with safe_open(data_path, framework="pt") as stored:
-            return stored.get_tensor("x"), stored.get_tensor("y"), manifest
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        warnings.warn(f"damaged cache {data_path} ({error}); extracting again", stacklevel=3)
-        return None
-
-
-def write(job: Job, shape: Sequence[int], chunks: Iterable[Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a bank piece by piece, then its manifest: labels (int64) first, then features (float32) of `shape`."""
-    digests: list[str] = []
-    target = job.folder / "features.safetensors"
-    replace_file(target, lambda stream: digests.append(_stream(stream, shape, chunks)))
-    manifest = {
-        "fingerprint": job.fingerprint,
-        "sha256": digests[0],
-        "shape": list(shape),
-        "ingredients": dict(job.ingredients),
-        **facts,
-    }
-    text = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    replace_file(job.folder / "manifest.json", lambda stream: stream.write(text))
-
-
-class locked:
-    """Hold a folder for one writer; a second process waits until the first has finished or died."""
-
-    def __init__(self, folder: Path):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock")
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            print(f"another process is making {folder}; waiting for it", file=sys.stderr)
-            self._lock.acquire()
-        except NotImplementedError:  # a file system without locks: two writers then do the same work, harmlessly
-            pass
-        except OSError as error:
-            raise ValueError(
-                f"the cache {folder} cannot be written ({error.strerror}); name another by LOGIT_BIAS_CACHE"
-            ) from error
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
+@dataclass
 class _Decoder(Dataset):
     """Row number to (row, error, one tensor [views, 3, h, w] per encoder); runs in the loader's workers."""
 
-    def __init__(self, images: ImageSplit, transforms: Sequence[Callable[..., Tensor]], views: int):
-        self.images, self.transforms, self.views = images, transforms, views
+    images: ImageSplit
+    transforms: Sequence[Callable[..., Tensor]]
+    views: int
 
     def __getitem__(self, row: int) -> tuple[int, str, list[Tensor]]:
         try:
             image = self.images[row]
             return row, "", [self._views(image, transform, row) for transform in self.transforms]
         except Exception as error:  # decoders raise anything; the caller names the file and decides
-            return row, " ".join(f"{type(error).__name__}: {error}".split()), []
+            return row, f"{type(error).__name__}: {one_line(error)}", []
 
     def _views(self, image: Any, transform: Callable[..., Tensor], row: int) -> Tensor:
         if self.views == 1:
@@ -193,59 +194,29 @@ class _Decoder(Dataset):
             return torch.stack([transform(image) for _ in range(self.views)])
 
 
-def _decoded(decoder: _Decoder, batches: Sequence[Sequence[int]], num_workers: int) -> Iterator[list[tuple]]:
-    """Yield decoded batches in order; closing it ends the worker processes at once."""
-    generator = torch.Generator()  # the loader would otherwise draw from the caller's
-    loader = DataLoader(decoder, batch_sampler=batches, num_workers=num_workers, collate_fn=list, generator=generator)
-    yield from loader
-
-
-def _encode(
-    encoder: Encoder, batch: Float[Tensor, "b v 3 h w"], images: ImageSplit, rows: Sequence[int]
-) -> Float[Tensor, "v b D"]:
+def _encode(encoder: Encoder, batch: Float[Tensor, "b v 3 h w"], ids: Sequence[str]) -> Float[Tensor, "v b D"]:
     x = encoder.encode_images(batch.flatten(0, 1)).unflatten(0, batch.shape[:2]).transpose(0, 1)
-    finite = torch.isfinite(x).all(dim=2).all(dim=0)
-    if not finite.all():
-        first = images.ids[rows[int((~finite).nonzero()[0])]]
-        raise ValueError(
-            f"{encoder.name} gives NaN or infinite features for {int((~finite).sum())} images, first {first}"
-        )
+    wrong = [name for name, finite in zip(ids, torch.isfinite(x).all(dim=2).all(dim=0), strict=True) if not finite]
+    if wrong:
+        raise ValueError(f"{encoder.name} gives NaN or infinite features for {len(wrong)} images, first {wrong[0]}")
     return x
 
 
-def _rows(shard: int, total: int) -> range:
-    return range(shard * SHARD, min(total, (shard + 1) * SHARD))
-
-
-def _batches(shard: int, total: int, size: int) -> list[range]:
-    rows = _rows(shard, total)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def _shards(folder: Path) -> dict[int, Path]:
-    """Return the whole shards of a folder; others are deleted and named in a warning."""
-    found = {}
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        _, number, digest = path.stem.split("-")
-        if file_hash(path) == digest:
-            found[int(number)] = path
-        else:
-            warnings.warn(f"damaged shard {path}; computing it again", stacklevel=4)
-            path.unlink(missing_ok=True)
-    return found
-
-
-def _write_shard(folder: Path, shard: int, x: Tensor, rows: list[int], bad: Mapping[str, str]) -> None:
-    data = save({"x": x.contiguous(), "rows": torch.tensor(rows, dtype=torch.int64)}, {"bad": json.dumps(bad)})
-    path = folder / f"shard-{shard:05d}-{hashlib.sha256(data).hexdigest()}.safetensors"
-    replace_file(path, lambda stream: stream.write(data))
+    """The whole shards of a folder; others are deleted and named in a warning."""
+    shards = {path: path.stem.split("-") for path in sorted(folder.glob("shard-*.safetensors"))}
+    damaged = [path for path, (_, _, digest) in shards.items() if file_hash(path) != digest]
+    for path in damaged:
+        warnings.warn(f"damaged shard {path}; computing it again", stacklevel=4)
+        path.unlink(missing_ok=True)
+    return {int(number): path for path, (_, number, _) in shards.items() if path not in damaged}
 
 
 def _join(job: Job, images: ImageSplit, encoder: Encoder, views: int, count: int) -> None:
-    """Write the bank from its shards, one view after another, then the manifest, then drop the shards."""
+    """Write the entry from its shards, one view after another, then drop the shards."""
     paths = _shards(job.folder)
     opened = [safe_open(paths[shard], framework="pt") for shard in range(count)]
-    kept = torch.cat([stored.get_tensor("rows") for stored in opened]) if opened else torch.empty(0, dtype=torch.int64)
+    kept = torch.cat([torch.empty(0, dtype=torch.int64), *(stored.get_tensor("rows") for stored in opened)])
     bad = {image: why for stored in opened for image, why in json.loads(stored.metadata()["bad"]).items()}
     if len(kept) == 0:
         raise ValueError(f"no image could be decoded: {_undecodable(bad)}" if bad else "the split holds no images")
@@ -257,39 +228,16 @@ def _join(job: Job, images: ImageSplit, encoder: Encoder, views: int, count: int
                 yield stored.get_slice("x")[view : view + 1]
 
     shape = [len(kept), encoder.dim] if views == 1 else [views, len(kept), encoder.dim]
-    facts = {"images": len(kept), "views": views, "quarantined": bad, "device": encoder.device.type}
-    write(job, shape, chunks(), facts)
+    write(job, shape, chunks(), images=len(kept), views=views, quarantined=bad, device=encoder.device.type)
     for leftover in (*job.folder.glob("shard-*"), *job.folder.glob(".*.tmp")):
         leftover.unlink(missing_ok=True)
-
-
-def _stream(stream: BinaryIO, shape: Sequence[int], chunks: Iterable[Tensor]) -> str:
-    """Write a safetensors file with `y` (int64) then `x` (float32) piece by piece; return its sha256.
-
-    The library writes from memory only, and a bank may be larger than that. The format: the header's length as
-    8 bytes, the header as JSON padded to a multiple of 8, the tensors' bytes.
-    """
-    n, size = shape[-2], 4 * math.prod(shape)
-    layout = {
-        "y": {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]},
-        "x": {"dtype": "F32", "shape": list(shape), "data_offsets": [8 * n, 8 * n + size]},
-    }
-    header = json.dumps(layout).encode()
-    header += b" " * (-len(header) % 8)
-    digest = hashlib.sha256()
-    for piece in (len(header).to_bytes(8, "little"), header, *(chunk.contiguous().numpy() for chunk in chunks)):
-        digest.update(piece)
-        stream.write(piece)
-    return digest.hexdigest()
 
 
 def _require_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in folder.glob("shard-*"))
     if free < 2 * size:
-        raise ValueError(
-            f"{folder} has {free / 1e6:.1f} MB free, extraction needs {2 * size / 1e6:.1f} MB (shards, then the bank); "
-            "make room or name another cache by LOGIT_BIAS_CACHE"
-        )
+        lack = f"{folder} has {free / 1e6:.1f} MB free, extraction needs {2 * size / 1e6:.1f} MB (shards, then all)"
+        raise ValueError(f"{lack}; make room or name another cache by LOGIT_BIAS_CACHE")
 
 
 def _undecodable(failed: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ Decoding shows an image as a person sees it: turned upright by its EXIF orientat
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -21,23 +21,18 @@ from lib.files import file_hash
 
 SPLITS = ("train", "val", "test")
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm")
+Rows = Int64[Tensor, " m"]
+Stats = tuple[tuple[int, int], ...]  # of every file: its size in bytes and its time of change in ns
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """The images of one split, in a fixed order.
+    """The images of one split, in a fixed order."""
 
-    Attributes:
-        labels: class index in [0, C).
-        ids: each image's path below `root`.
-        exact: for sets that a script makes, the script's version: their identity is that and the decoded pixels,
-            which agree across machines. Empty: the identity is each file's size and time of change.
-    """
-
-    labels: Int64[Tensor, " n"]
-    ids: tuple[str, ...]
+    labels: Int64[Tensor, " n"]  # class index in [0, C)
+    ids: tuple[str, ...]  # each image's path below `root`
     root: Path
-    exact: str = ""
+    exact: str = ""  # version of the script that made the images: they are then compared by pixels across machines
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,11 +42,7 @@ class ImageSplit:
 
     @cached_property
     def manifest(self) -> str:
-        """sha256 over ids, labels and what identifies the pixels.
-
-        Raises:
-            ValueError: a file is missing; a file of an exact set cannot be decoded.
-        """
+        """sha256 over ids, labels and what identifies the pixels: those of an exact set, else the files' `stats`."""
         digest = hashlib.sha256("\0".join(self.ids).encode())
         digest.update(self.labels.contiguous().numpy())
         stats = self.stats()
@@ -61,12 +52,8 @@ class ImageSplit:
             digest.update("".join(f"{size} {mtime}\n" for size, mtime in stats).encode())
         return digest.hexdigest()
 
-    def stats(self) -> tuple[tuple[int, int], ...]:
-        """Size in bytes and time of change in ns of every file.
-
-        Raises:
-            ValueError: a file is missing, or a link that leads nowhere.
-        """
+    def stats(self) -> Stats:
+        """Size and time of change of every file; ValueError where one is missing, or a link that leads nowhere."""
         stats, missing = [], []
         for name in self.ids:
             try:
@@ -78,14 +65,14 @@ class ImageSplit:
             raise ValueError(f"{len(missing)} of {len(self)} images are not in {self.root}, first {missing[0]}")
         return tuple(stats)
 
-    def rows(self, index: Int64[Tensor, " m"]) -> "ImageSplit":
+    def rows(self, index: Rows) -> "ImageSplit":
         """The chosen images as a split of their own."""
-        return ImageSplit(self.labels[index], tuple(self.ids[i] for i in index.tolist()), self.root, self.exact)
+        return replace(self, labels=self.labels[index], ids=tuple(self.ids[i] for i in index.tolist()))
 
 
 @lru_cache(maxsize=64)
-def _pixel_hash(root: Path, ids: tuple[str, ...], stats: tuple[tuple[int, int], ...]) -> str:
-    """sha256 of all decoded pixels; `stats` is there to decode again where a file has changed."""
+def _pixel_hash(root: Path, ids: tuple[str, ...], _: Stats) -> str:
+    """sha256 of all decoded pixels, computed again where a file has changed."""
     digest = hashlib.sha256()
     for name in ids:
         try:
@@ -100,10 +87,7 @@ def decode(path: Path) -> Image.Image:
     """An image file as upright RGB; whatever the decoder raises passes through."""
     with Image.open(path) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
@@ -113,20 +97,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
     return image.convert("RGB")
 
 
-def draw(
-    labels: Int64[Tensor, " n"], shots: int, rng: random.Random, classnames: Sequence[str] = ()
-) -> Int64[Tensor, " m"]:
+def draw(labels: Int64[Tensor, " n"], shots: int, rng: random.Random, classnames: Sequence[str] = ()) -> Rows:
     """Rows of `shots` images of each class, drawn as CoOp, Tip-Adapter and AMU-Tuning do, in the order of the draw.
 
     `random.sample` goes through the classes in order of appearance, after `random.seed(seed)` at the start of the
     run. Draws of different `shots` are not nested. (Dassl `generate_fewshot_dataset`, the base of CoOp's.)
-
-    Raises:
-        ValueError: a class has fewer images.
     """
     groups: dict[int, list[int]] = {}
     for row, label in enumerate(labels.tolist()):
@@ -137,15 +116,9 @@ def draw(
     return torch.tensor([row for rows in groups.values() for row in rng.sample(rows, shots)], dtype=torch.int64)
 
 
-def divide(
-    labels: Int64[Tensor, " n"], fractions: Sequence[float], classnames: Sequence[str] = (), seed: int = 1
-) -> list[Int64[Tensor, " m"]]:
-    """Rows of each part when every class is divided at random by `fractions`, which sum to 1; rows stay in order.
-
-    Raises:
-        ValueError: a class has fewer images than there are parts.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def divide(labels: Int64[Tensor, " n"], fractions: Sequence[float], classnames: Sequence[str]) -> list[Rows]:
+    """Rows of each part when every class is divided by `fractions`, which sum to 1, with seed 1; rows stay in order."""
+    generator = torch.Generator().manual_seed(1)
     parts: list[list[Tensor]] = [[] for _ in fractions]
     for label in labels.unique().tolist():
         rows = torch.nonzero(labels == label)[:, 0]

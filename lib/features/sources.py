@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from lib.features.images import ENDINGS, SPLITS, divide
+from lib.features.images import ENDINGS, SPLITS, ImageSplit, divide
 from lib.files import ROOT
 
-FRACTIONS = (0.5, 0.2, 0.3)  # of train, val, test where nobody has divided a data set: CoOp's
+FRACTIONS = {"train": 0.5, "val": 0.2, "test": 0.3}  # where nobody has divided a data set: CoOp's
 VAL_IMAGES = 16  # images a class of ImageNet's train that are its val: the last ones by name
 VAL_NAMES = ("val", "valid", "validation", "dev")  # what a folder beside train or test may be called
 Items = list[tuple[str, int]]  # path below the root, class index
@@ -29,23 +29,19 @@ Items = list[tuple[str, int]]  # path below the root, class index
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set as lists of files.
+    """A data set as lists of files."""
 
-    Attributes:
-        root: the folder that paths are relative to.
-        classnames: in label order, as a prompt needs them.
-        splits: for each split, a function that lists it.
-        made_by: who divided the images, and where the class names come from.
-        codes: WordNet ids of the classes, where they have them.
-        exact: the version of the script that makes the images; see ImageSplit.
-    """
+    root: Path  # the folder that paths are relative to
+    classnames: tuple[str, ...]  # in label order, as a prompt needs them
+    splits: Mapping[str, Callable[[], Items]]  # for each split, a function that lists it
+    made_by: str  # who divided the images, and where the class names come from
+    codes: tuple[str, ...] = ()  # WordNet ids of the classes, where they have them
+    exact: str = ""  # the version of the script that makes the images; see ImageSplit
 
-    root: Path
-    classnames: tuple[str, ...]
-    splits: Mapping[str, Callable[[], Items]]
-    made_by: str
-    codes: tuple[str, ...] = ()
-    exact: str = ""
+    def images(self, split: str) -> ImageSplit:
+        items = self.splits[split]()
+        labels = torch.tensor([label for _, label in items], dtype=torch.int64)
+        return ImageSplit(labels, tuple(path for path, _ in items), self.root, self.exact)
 
 
 @lru_cache(maxsize=1)
@@ -62,11 +58,7 @@ def cards() -> dict[str, dict[str, Any]]:
 
 
 def listing(name: str, root: Path) -> Listing:
-    """The listing of a data set that has a card.
-
-    Raises:
-        ValueError: files are missing, with what to download and where to put it; files that contradict themselves.
-    """
+    """The listing of a data set that has a card; where files are missing, an error says what to download and where."""
     families = {"generated": _generated, "benchmark": _benchmark, "imagenet": _imagenet}
     return families[cards()[name]["family"]](name, root)
 
@@ -96,21 +88,26 @@ def _generated(name: str, root: Path) -> Listing:
 
 def _benchmark(name: str, root: Path) -> Listing:
     """One of the ten benchmarks with CoOp's split; published numbers were measured on no other."""
-    card = cards()[name]
-    images = _first(root, card["images"])
-    if images and card.get("lists"):
+    card, images = cards()[name], _image_folder(name, root)
+    if "lists" in card:
         return _aircraft(images, card)
-    for folder in (images, images.parent) if images else ():
+    for folder in (images, images.parent):
         if (folder / card["split"]).is_file():
             return _coop(images, folder / card["split"])
     place = Path(card["images"][0])
-    need = place if not images else (place.parent if len(place.parts) > 1 else place) / card["split"]
-    why = "; numbers on another division do not compare" if images else ""
-    raise ValueError(f"{name}: no {need} in {root}; {_how_to_get(name)}{why}")
+    need = (place.parent if len(place.parts) > 1 else place) / card["split"]
+    raise ValueError(f"{name}: no {need} in {root}; {_how_to_get(card)}; numbers on another division do not compare")
 
 
-def _how_to_get(name: str) -> str:
+def _image_folder(name: str, root: Path) -> Path:
     card = cards()[name]
+    for place in card["images"]:
+        if (root / place).is_dir():
+            return root / place
+    raise ValueError(f"{name}: no {card['images'][0]} in {root}; {_how_to_get(card)}")
+
+
+def _how_to_get(card: Mapping[str, Any]) -> str:
     return f"get it{' with ' + card['split'] if 'split' in card else ''} from {card['get']}"
 
 
@@ -131,7 +128,7 @@ def _aircraft(images: Path, card: Mapping[str, Any]) -> Listing:
     variants = images.parent / "variants.txt"
     for path in (variants, *lists.values()):
         if not path.is_file():
-            raise ValueError(f"no {path.name} in {images.parent}; {_how_to_get('fgvc_aircraft')}")
+            raise ValueError(f"no {path.name} in {images.parent}; {_how_to_get(card)}")
     names = variants.read_text().splitlines()
     rows = {split: [line.split(" ", 1) for line in path.read_text().splitlines()] for split, path in lists.items()}
     items = {split: [(f"{image}.jpg", names.index(name)) for image, name in lines] for split, lines in rows.items()}
@@ -144,15 +141,12 @@ def _imagenet(name: str, root: Path) -> Listing:
     ImageNet's `test` is its 50,000 validation images, as everywhere; its `val` is the last VAL_IMAGES images of each
     training class, which `train` then lacks, because the field's own `val` is the test set.
     """
-    card = cards()[name]
-    images = _first(root, card["images"])
-    if not images:
-        raise ValueError(f"{name}: no {card['images'][0]} in {root}; {_how_to_get(name)}")
+    card, images = cards()[name], _image_folder(name, root)
     part = images / "val" if name == "imagenet" else images
     folders = _subfolders(part) if part.is_dir() else []
     if len(folders) != card["classes"]:
-        has = f"{name} has {card['classes']} classes, {part} has {len(folders)} folders"
-        raise ValueError(f"{has}; {_how_to_get(name)}")
+        sizes = f"{name} has {card['classes']} classes, {part} has {len(folders)} folders"
+        raise ValueError(f"{sizes}; {_how_to_get(card)}")
     codes = tuple(folders)
     if name == "imagenetv2":  # its folders are called by the class index
         codes, folders = _wordnet_ids(), [str(index) for index in range(len(folders))]
@@ -178,24 +172,20 @@ def folder(path: Path) -> Listing:
     """The listing of `folder:PATH`: one sub-folder per class, or train, val and test above them.
 
     Without those, every class is divided 50 : 20 : 30; with train and test only, a fifth of train becomes val.
-
-    Raises:
-        ValueError: no such folder, a class without images, classes that differ between splits or share one name.
     """
     if not path.is_dir():
         raise ValueError(f"no folder {path}")
     parts = _split_folders(path) or {"all": path}
     classes = {split: _subfolders(place) for split, place in parts.items()}
-    names = classes.get("train") or next(iter(classes.values()))
-    for split, folders in classes.items():
-        extra = set(folders) - set(names)
+    labels = {name: c for c, name in enumerate(classes.get("train") or next(iter(classes.values())))}
+    for split, names in classes.items():
+        extra = set(names) - set(labels)
         if extra:
             raise ValueError(f"{path}: {split} has class {min(extra)!r}, train has not")
-    if not names:
+    if not labels:
         raise ValueError(f"{path}: no class folders")
-    labels = {split: {name: names.index(name) for name in folders} for split, folders in classes.items()}
-    items = {split: _items(path, place, labels[split]) for split, place in parts.items()}
-    return _completed(path, _distinct(path, names), items, "folders")
+    items = {split: _items(path, place, {n: labels[n] for n in classes[split]}) for split, place in parts.items()}
+    return _completed(path, labels, items, "folders")
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
@@ -209,11 +199,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
 
 
 def csv_file(path: Path) -> Listing:
-    """The listing of `csv:PATH`: columns path (relative to the file), label (the class's name) and split.
-
-    Raises:
-        ValueError: a missing file or column, no rows, an empty or surplus field, an unknown split, a repeated image.
-    """
+    """The listing of `csv:PATH`: columns path (relative to the file), label (the class's name) and split."""
     if not path.is_file():
         raise ValueError(f"no file {path}")
     try:
@@ -228,7 +214,11 @@ def csv_file(path: Path) -> Listing:
         raise ValueError(f"{path} has the columns {has}, but path, label, split are needed")
     if not rows:
         raise ValueError(f"{path} lists no images")
-    listed: dict[str, str] = {}
+    names = {row["label"] for _, row in rows if row["label"]}
+    in_order = sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+    labels = {name: c for c, name in enumerate(in_order)}
+    items: dict[str, Items] = {}
+    places: dict[str, str] = {}
     for line, row in rows:
         image, label, split = row["path"], row["label"], row["split"]
         if not (image and label and split in SPLITS):
@@ -237,56 +227,36 @@ def csv_file(path: Path) -> Listing:
         if None in row:
             raise ValueError(f"{path}, line {line}: {len(columns)} fields are expected, {row[None][0]!r} is one more")
         place = f"in {split} as {label!r} (line {line})"
-        before = listed.setdefault(os.path.normpath(image), place)
-        if before != place:
-            raise ValueError(f"{path}: {image} is {before} and {place}")
-    names = sorted({row["label"] for _, row in rows}, key=_by_number)
-    items: dict[str, Items] = {}
-    for _, row in rows:
-        items.setdefault(row["split"], []).append((row["path"], names.index(row["label"])))
-    return _completed(path.parent, _distinct(path, names), items, path.name)
+        first_place = places.setdefault(os.path.normpath(image), place)
+        if first_place != place:
+            raise ValueError(f"{path}: {image} is {first_place} and {place}")
+        items.setdefault(split, []).append((image, labels[label]))
+    return _completed(path, labels, items, path.name)
 
 
-def _by_number(name: str) -> tuple[int, int, str]:
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def _distinct(path: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Class names as they stand in a prompt; two classes of one name are refused."""
-    first: dict[str, str] = {}
+def _completed(path: Path, names: Iterable[str], items: dict[str, Items], made_by: str) -> Listing:
+    """The listing of own images with the splits that are missing: all from `all`, or val from train."""
+    spoken: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(_spoken(name), name)
+        other = spoken.setdefault(_spoken(name), name)
         if other != name:
             raise ValueError(f"{path}: {other!r} and {name!r} are two classes of one name, {_spoken(name)!r}")
-    return tuple(first)
-
-
-def _completed(root: Path, names: tuple[str, ...], items: dict[str, Items], made_by: str) -> Listing:
-    """The listing with the splits that are missing: all from `all`, or val from train."""
+    whole, fractions = [], {}
     if "all" in items:
-        items = _parted(items["all"], SPLITS, FRACTIONS, names)
+        whole, fractions = items["all"], FRACTIONS
         made_by += "; each class divided 50 : 20 : 30, seed 1"
     elif "train" in items and "val" not in items:
-        items = items | _parted(items["train"], ("train", "val"), (0.8, 0.2), names)
+        whole, fractions = items["train"], {"train": 0.8, "val": 0.2}
         made_by += "; val is a fifth of each training class, seed 1"
-    return _listing(root, names, items, made_by)
-
-
-def _parted(items: Items, splits: Sequence[str], fractions: Sequence[float], names: Sequence[str]) -> dict[str, Items]:
-    rows = divide(torch.tensor([label for _, label in items]), fractions, names)
-    return {split: [items[row] for row in chosen.tolist()] for split, chosen in zip(splits, rows, strict=True)}
-
-
-# ---- small things -------------------------------------------------------------------------------------------
+    if whole:
+        parts = divide(torch.tensor([label for _, label in whole]), list(fractions.values()), list(spoken))
+        items |= {split: [whole[i] for i in rows.tolist()] for split, rows in zip(fractions, parts, strict=True)}
+    return _listing(path if path.is_dir() else path.parent, tuple(spoken), items, made_by)
 
 
 def _listing(root: Path, names: tuple[str, ...], items: Mapping[str, Items], made_by: str) -> Listing:
     splits = {split: lambda part=items[split]: part for split in SPLITS if split in items}
     return Listing(root, names, splits, f"class names and splits: {made_by}")
-
-
-def _first(root: Path, places: Sequence[str]) -> Path | None:
-    return next((root / place for place in places if (root / place).is_dir()), None)
 
 
 def _items(root: Path, place: Path, labels: Mapping[str, int], keep: slice = slice(None)) -> Items:

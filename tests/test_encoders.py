@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from small_models import TINY, photo, tiny_clip, write_embedded
 from torch import nn
 
-from lib.features import encoders as backbones
-from lib.features import recipes
+from lib.features import encoders, libraries
+from lib.features.encoders import load_encoder, resolve
+from lib.files import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def embedded(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small(embedded, monkeypatch):
-    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", embedded)
+    monkeypatch.setattr(encoders, "EMBEDDED_FOLDER", embedded)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["embedded:clip", "embedded:vit", "timm:test_byobnet/random"])
 def test_preprocessing_can_be_sent_to_another_process(name):
-    encoder = backbones.load(name, device="cpu")
+    encoder = load_encoder(name, device="cpu")
     plain, augment = pickle.loads(pickle.dumps((encoder.transform, encoder.augment)))
     assert torch.equal(plain(photo(1)), encoder.transform(photo(1)))
     assert augment(photo(1)).shape == plain(photo(1)).shape
@@ -58,18 +59,18 @@ def test_importing_features_loads_no_model_library():
 
 @pytest.mark.parametrize(("name", "dim"), [("embedded:clip", 24), ("embedded:conv", 256), ("embedded:vit", 48)])
 def test_an_encoder_gives_float32_features_of_its_dimension(name, dim):
-    encoder = backbones.load(name, device="cpu")
+    encoder = load_encoder(name, device="cpu")
     batch = torch.stack([encoder.transform(photo(i)) for i in range(3)])
     x = encoder.encode_images(batch)
     assert batch.shape == (3, 3, 32, 32)
     assert x.shape == (3, encoder.dim) and encoder.dim == dim and x.dtype == torch.float32 and not x.requires_grad
     assert not torch.allclose(x.norm(dim=1), torch.ones(3), atol=1e-2), "features are not normalised silently"
     assert torch.equal(x, encoder.encode_images(batch))
-    assert encoder.kind == ("clip" if name == "embedded:clip" else "image")
+    assert bool(encoder.tokenizer) == (name == "embedded:clip")
 
 
 def test_clip_encodes_texts_as_open_clip_does(embedded):
-    encoder = backbones.load("embedded:clip", device="cpu")
+    encoder = load_encoder("embedded:clip", device="cpu")
     model = tiny_clip(embedded)
     texts = [f"a photo of {i} cats." for i in range(300)]
     with torch.no_grad():
@@ -82,11 +83,11 @@ def test_clip_encodes_texts_as_open_clip_does(embedded):
 
 def test_an_image_encoder_refuses_texts():
     with pytest.raises(ValueError, match="embedded:vit encodes images only"):
-        backbones.load("embedded:vit", device="cpu").encode_text(["a cat"])
+        load_encoder("embedded:vit", device="cpu").encode_text(["a cat"])
 
 
 def test_bf16_is_near_fp32_and_says_so_in_nothing_but_the_last_digits():
-    exact, rounded = (backbones.load("embedded:vit", "cpu", precision) for precision in ("fp32", "bf16"))
+    exact, rounded = (load_encoder("embedded:vit", "cpu", precision) for precision in ("fp32", "bf16"))
     batch = torch.stack([exact.transform(photo(i)) for i in range(8)])
     x, y = exact.encode_images(batch), rounded.encode_images(batch)
     assert y.dtype == torch.float32 and not torch.equal(x, y)
@@ -97,49 +98,52 @@ def test_bf16_is_near_fp32_and_says_so_in_nothing_but_the_last_digits():
     ("name", "message"),
     [
         ("clip", "unknown encoder 'clip'.*open_clip:ARCHITECTURE"),
-        ("embeded:clip", "near: embedded:clip"),
-        ("embedded:none", "embedded encoders are embedded:clip, embedded:conv, embedded:vit"),
-        ("open_clip:ViT-B-23/openai", "no architecture 'ViT-B-23'; near: ViT-B-32"),
+        ("embeded:clip", "did you mean 'embedded:clip'"),
+        ("embedded:none", "known: embedded:clip, embedded:conv, embedded:vit"),
+        ("open_clip:ViT-B-23/openai", "no architecture 'ViT-B-23'; did you mean 'ViT-B-32'"),
         ("open_clip:ViT-B-32/laion3b", "no tag or file 'laion3b'.*laion2b_s34b_b79k"),
         ("open_clip:ViT-B-32-quickgelu/laion2b_s34b_b79k", "ViT-B-32 has it, without QuickGELU"),
         (
             "open_clip:RN50/openai",
-            "QuickGELU, the architecture has GELU; the right name is open_clip:RN50-quickgelu/openai",
+            "QuickGELU, the architecture has GELU; the correct name is open_clip:RN50-quickgelu/openai",
         ),
         ("open_clip:RN50-quickgelu/missing.pt", "no file .*missing.pt"),
-        ("timm:vit_small_patch16_223.dino", "timm has no model 'vit_small_patch16_223'; near: vit_small_patch16_224"),
+        (
+            "timm:vit_small_patch16_223.dino",
+            "timm has no model 'vit_small_patch16_223'; did you mean 'vit_small_patch16_224'",
+        ),
         ("timm:vit_small_patch16_224.dina", "timm has no weights .*vit_small_patch16_224.dino"),
         ("timm:test_byobnet.nothing", "it has test_byobnet.r160_in1k"),
         ("mocov3:nowhere.pth.tar", "no file .*nowhere.pth.tar"),
         ("mocov3:", "unknown encoder"),
     ],
 )
-def test_wrong_names_are_refused_with_the_right_one(name, message):
+def test_wrong_names_are_refused_with_the_near_one(name, message):
     with pytest.raises(ValueError, match=message):
-        recipes.resolve(name)
+        resolve(name)
 
 
-def test_every_quickgelu_mismatch_is_refused_and_the_name_proposed_is_right(monkeypatch):
-    monkeypatch.setattr(recipes, "_hub_file", lambda *_: ROOT / "README.md")
+def test_every_quickgelu_mismatch_is_refused_and_the_name_proposed_is_correct(monkeypatch):
+    monkeypatch.setattr(libraries, "_hub_file", lambda *_: ROOT / "README.md")
     refused = 0
     for architecture, tag in open_clip.list_pretrained():
         try:
-            recipe = recipes.resolve(f"open_clip:{architecture}/{tag}")
-            assert recipe.preprocess["size"] == open_clip.get_model_config(architecture)["vision_cfg"]["image_size"]
+            spec = resolve(f"open_clip:{architecture}/{tag}")
+            assert spec.preprocess["size"] == open_clip.get_model_config(architecture)["vision_cfg"]["image_size"]
         except ValueError as error:
             proposed = str(error).rpartition(" ")[2]
-            recipes.resolve(proposed)
+            resolve(proposed)
             refused += 1
     assert refused >= 20
 
 
 def test_precision_and_device_are_checked_first():
     with pytest.raises(ValueError, match="precision is fp32 or bf16, not 'fp16'"):
-        backbones.load("embedded:clip", precision="fp16")
+        load_encoder("embedded:clip", precision="fp16")
     with pytest.raises(ValueError, match="device 'cuda:99' cannot be used here"):
-        backbones.load("embedded:clip", device="cuda:99")
+        load_encoder("embedded:clip", device="cuda:99")
     with pytest.raises(ValueError, match="device 'gpu'"):
-        backbones.load("embedded:clip", device="gpu")
+        load_encoder("embedded:clip", device="gpu")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,7 @@ def test_precision_and_device_are_checked_first():
 )
 def test_a_hub_out_of_reach_gives_one_line_with_what_to_do(name, place, no_network):
     with pytest.raises(ValueError, match=place) as caught:
-        backbones.load(name, device="cpu")
+        load_encoder(name, device="cpu")
     assert "\n" not in str(caught.value) and "huggingface.co" in str(caught.value)
 
 
@@ -169,18 +173,18 @@ def test_a_file_in_the_hubs_cache_needs_no_network(no_network, tmp_path, monkeyp
     (repository / "blobs").mkdir()
     net = timm.create_model("test_byobnet")
     save_file(net.state_dict(), tmp_path / "made.safetensors")
-    blob = repository / "blobs" / backbones.file_hash(tmp_path / "made.safetensors")
+    blob = repository / "blobs" / file_hash(tmp_path / "made.safetensors")
     (tmp_path / "made.safetensors").rename(blob)
     (repository / "snapshots" / "abc" / "model.safetensors").symlink_to(blob)
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", constants.HF_HUB_CACHE)
-    recipe = recipes.resolve("timm:test_byobnet.r160_in1k")
-    assert recipe.weights == repository / "snapshots" / "abc" / "model.safetensors"
-    assert backbones.load("timm:test_byobnet.r160_in1k", device="cpu").dim == net.num_features
+    spec = resolve("timm:test_byobnet.r160_in1k")
+    assert spec.weights == repository / "snapshots" / "abc" / "model.safetensors"
+    assert load_encoder("timm:test_byobnet.r160_in1k", device="cpu").dim == net.num_features
     data = bytearray(blob.read_bytes())
     data[-9] ^= 2
     blob.write_bytes(data)
     with pytest.raises(ValueError, match=r"the hub's copy .* is damaged .*delete it"):
-        recipes.resolve("timm:test_byobnet.r160_in1k")
+        resolve("timm:test_byobnet.r160_in1k")
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def openai_state(model: nn.Module) -> dict:
 
 
 def same_features(name: str, model: nn.Module, tolerance: float = 1e-6) -> None:
-    encoder = backbones.load(name, device="cpu")
+    encoder = load_encoder(name, device="cpu")
     batch = torch.stack([encoder.transform(photo(i)) for i in range(2)])
     encode = getattr(model, "encode_image", model)
     with torch.no_grad():
@@ -213,8 +217,8 @@ def test_open_clip_checkpoints_load_strictly(tmp_path):
     state = model.state_dict()
     del state["visual.proj"]
     torch.save(state, tmp_path / "lacking.pt")
-    with pytest.raises(ValueError, match=r"cannot read lacking.pt as tiny-quickgelu: .*visual\.proj"):
-        backbones.load(f"open_clip:tiny-quickgelu/{tmp_path / 'lacking.pt'}", device="cpu")
+    with pytest.raises(ValueError, match=r"cannot read \S*lacking.pt as tiny-quickgelu: .*visual\.proj"):
+        load_encoder(f"open_clip:tiny-quickgelu/{tmp_path / 'lacking.pt'}", device="cpu")
 
 
 def test_openai_state_dicts_load_with_quickgelu_only(tmp_path):
@@ -224,7 +228,7 @@ def test_openai_state_dicts_load_with_quickgelu_only(tmp_path):
     model.load_state_dict({k: v for k, v in openai_state(model).items() if k in model.state_dict()})
     same_features(f"open_clip:tiny-quickgelu/{tmp_path / 'openai.pt'}", model)
     with pytest.raises(ValueError, match="QuickGELU; use tiny-quickgelu"):
-        backbones.load(f"open_clip:tiny/{tmp_path / 'openai.pt'}", device="cpu")
+        load_encoder(f"open_clip:tiny/{tmp_path / 'openai.pt'}", device="cpu")
 
 
 def test_a_torchscript_archive_runs_only_if_openai_published_it(tmp_path, monkeypatch):
@@ -247,8 +251,8 @@ def test_a_torchscript_archive_runs_only_if_openai_published_it(tmp_path, monkey
         warnings.simplefilter("ignore")
         torch.jit.script(Published(openai_state(model))).save(path)
     with pytest.raises(ValueError, match="TorchScript archive that is not one of OpenAI's"):
-        backbones.load(f"open_clip:tiny-quickgelu/{path}", device="cpu")
-    monkeypatch.setattr(backbones, "_openai_hashes", lambda: {backbones.file_hash(path)})
+        load_encoder(f"open_clip:tiny-quickgelu/{path}", device="cpu")
+    monkeypatch.setattr(libraries, "_openai_hashes", lambda: {file_hash(path)})
     model.load_state_dict({k: v for k, v in openai_state(model).items() if k in model.state_dict()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -256,8 +260,8 @@ def test_a_torchscript_archive_runs_only_if_openai_published_it(tmp_path, monkey
 
 
 def test_openais_published_hashes_are_known():
-    assert len(backbones._openai_hashes()) == 9
-    assert all(len(digest) == 64 for digest in backbones._openai_hashes())
+    assert len(libraries._openai_hashes()) == 9
+    assert all(len(digest) == 64 for digest in libraries._openai_hashes())
 
 
 def test_a_folder_with_config_and_weights_loads_like_a_hub_model(tmp_path):
@@ -268,12 +272,12 @@ def test_a_folder_with_config_and_weights_loads_like_a_hub_model(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": card}))
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     same_features(f"open_clip:local-dir:{tmp_path}", model)
-    encoder = backbones.load(f"open_clip:local-dir:{tmp_path}", device="cpu")
+    encoder = load_encoder(f"open_clip:local-dir:{tmp_path}", device="cpu")
     assert encoder.transform(photo(0, (64, 16))).shape == (3, 32, 32)
     assert encoder.encode_text(["a cat"]).shape == (1, 24)
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no file .*open_clip_model.safetensors"):
-        recipes.resolve(f"open_clip:local-dir:{tmp_path}")
+        resolve(f"open_clip:local-dir:{tmp_path}")
 
 
 def test_timm_checkpoints_load_with_and_without_their_classifier(tmp_path):
@@ -286,8 +290,8 @@ def test_timm_checkpoints_load_with_and_without_their_classifier(tmp_path):
         same_features(f"timm:test_byobnet/{tmp_path / file}", net)
     bare.pop(next(key for key in bare if key.startswith("stages")))
     save_file(bare, tmp_path / "lacking.safetensors")
-    with pytest.raises(ValueError, match=r"cannot read lacking.safetensors as test_byobnet: .*[Mm]issing"):
-        backbones.load(f"timm:test_byobnet/{tmp_path / 'lacking.safetensors'}", device="cpu")
+    with pytest.raises(ValueError, match=r"cannot read \S*lacking.safetensors as test_byobnet: .*[Mm]issing"):
+        load_encoder(f"timm:test_byobnet/{tmp_path / 'lacking.safetensors'}", device="cpu")
 
 
 def test_the_mocov3_checkpoint_loads_its_base_encoder(tmp_path):
@@ -300,14 +304,14 @@ def test_the_mocov3_checkpoint_loads_its_base_encoder(tmp_path):
     }
     torch.save({"epoch": 1000, "arch": "resnet50", "state_dict": state, "optimizer": {}}, tmp_path / "r-50.pth.tar")
     name = f"mocov3:{tmp_path / 'r-50.pth.tar'}"
-    encoder = backbones.load(name, device="cpu")
+    encoder = load_encoder(name, device="cpu")
     batch = encoder.transform(photo(0, (300, 250)))[None]
     assert batch.shape == (1, 3, 224, 224) and encoder.dim == 2048
     with torch.no_grad():
         torch.testing.assert_close(encoder.encode_images(batch), net(batch), rtol=1e-4, atol=1e-4)
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "other.pth.tar")
     with pytest.raises(ValueError, match="not a MoCo v3 ResNet"):
-        backbones.load(f"mocov3:{tmp_path / 'other.pth.tar'}", device="cpu")
+        load_encoder(f"mocov3:{tmp_path / 'other.pth.tar'}", device="cpu")
 
 
 class Malicious:
@@ -330,10 +334,43 @@ def test_a_bad_checkpoint_is_refused_and_never_run(name, kind, tmp_path, monkeyp
     else:
         torch.save({"state_dict": {"conv1.weight": torch.zeros(99, 99)}}, path)
         path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"cannot read weights.pt") as caught:
-        backbones.load(name.format(path), device="cpu")
+    with pytest.raises(ValueError, match=r"cannot read \S*weights.pt") as caught:
+        load_encoder(name.format(path), device="cpu")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run_by_the_pickle").exists()
+
+
+@pytest.mark.parametrize("name", ["open_clip:tiny-quickgelu/{}", "timm:test_byobnet/{}", "mocov3:{}"])
+def test_a_file_that_is_no_checkpoint_is_named(name, tmp_path):
+    tiny_clip(tmp_path)
+    path = tmp_path / "passwd"
+    path.write_text("root:x:0:0:root:/root:/bin/bash\ndaemon:x:1:1:daemon:/usr/sbin:/usr/sbin/nologin\n")
+    with pytest.raises(ValueError, match=rf"cannot read {path} as \S+: ") as caught:
+        load_encoder(name.format(path), device="cpu")
+    assert "is not a checkpoint" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_broken_index_of_the_embedded_encoders_is_named(tmp_path, monkeypatch):
+    (tmp_path / "index.json").write_text('{"clip": {')
+    monkeypatch.setattr(encoders, "EMBEDDED_FOLDER", tmp_path)
+    for call in (encoders.embedded_index, encoders.listed, lambda: resolve("embedded:clip")):
+        with pytest.raises(ValueError, match=rf"{tmp_path}/index.json cannot be read: "):
+            call()
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"unknown encoder 'embedded:clip'; run python data/embedded/train.py"):
+        resolve("embedded:clip")
+
+
+def test_a_tokenizer_that_cannot_be_loaded_stops_texts_but_not_images(monkeypatch):
+    encoder = load_encoder("embedded:clip", device="cpu")
+
+    def unreachable(_):
+        raise OSError("no such file")
+
+    monkeypatch.setattr(libraries, "_tokenizer", unreachable)
+    assert encoder.encode_images(encoder.transform(photo(0))[None]).shape == (1, 24)
+    with pytest.raises(ValueError, match=r"embedded:clip: cannot load its tokenizer \(no such file\)"):
+        encoder.encode_text(["a cat"])
 
 
 def test_an_embedded_file_that_changed_is_refused(embedded, tmp_path, monkeypatch):
@@ -341,20 +378,20 @@ def test_an_embedded_file_that_changed_is_refused(embedded, tmp_path, monkeypatc
 
     copy = tmp_path / "copy"
     shutil.copytree(embedded, copy)
-    monkeypatch.setattr(recipes, "EMBEDDED_FOLDER", copy)
+    monkeypatch.setattr(encoders, "EMBEDDED_FOLDER", copy)
     data = bytearray((copy / "vit.safetensors").read_bytes())
     data[-5] ^= 1
     (copy / "vit.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match=r"vit.safetensors has sha256 .* its index says"):
-        recipes.resolve("embedded:vit")
+        resolve("embedded:vit")
 
 
 def test_random_weights_are_the_same_every_time():
-    first, second = (backbones.load("timm:test_byobnet/random", device="cpu") for _ in range(2))
+    first, second = (load_encoder("timm:test_byobnet/random", device="cpu") for _ in range(2))
     batch = torch.rand(2, 3, *first.transform(photo(0)).shape[1:])
     assert torch.equal(first.encode_images(batch), second.encode_images(batch))
     state = torch.get_rng_state()
-    backbones.load("timm:test_byobnet/random", device="cpu")
+    load_encoder("timm:test_byobnet/random", device="cpu")
     assert torch.equal(state, torch.get_rng_state()), "the caller's random state is left alone"
 
 
@@ -368,18 +405,18 @@ def test_random_weights_are_the_same_every_time():
     ],
 )
 def test_preprocessing_is_the_models_own(name, size, mean):
-    recipe = recipes.resolve(name)
-    assert recipe.preprocess["size"] == size and recipe.preprocess["mean"][0] == mean
+    spec = resolve(name)
+    assert spec.preprocess["size"] == size and spec.preprocess["mean"][0] == mean
 
 
 def test_preprocessing_of_a_tag_comes_with_the_tag(monkeypatch):
-    monkeypatch.setattr(recipes, "_hub_file", lambda *_: ROOT / "README.md")
-    assert recipes.resolve("open_clip:ViT-B-16-SigLIP/webli").preprocess["resize_mode"] == "squash"
-    assert recipes.resolve("timm:vit_small_patch16_224.dino").preprocess["crop"] == 0.9
+    monkeypatch.setattr(libraries, "_hub_file", lambda *_: ROOT / "README.md")
+    assert resolve("open_clip:ViT-B-16-SigLIP/webli").preprocess["resize_mode"] == "squash"
+    assert resolve("timm:vit_small_patch16_224.dino").preprocess["crop"] == 0.9
 
 
 def test_the_transform_gives_what_the_library_gives():
-    encoder = backbones.load("timm:vit_small_patch16_224.dino/random", device="cpu")
+    encoder = load_encoder("timm:vit_small_patch16_224.dino/random", device="cpu")
     card = timm.get_pretrained_cfg("vit_small_patch16_224.dino").to_dict()
     expected = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=card))
     image = photo(1, (300, 200))
