@@ -14,6 +14,8 @@ from objectives import FLIPPED, LIGHT, Augmentation, Schedule
 from torch.nn import functional as F
 from train import RECIPES
 
+from lib.features import encoders
+
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
 SHORT = Schedule(steps=14, batch=24, rate=4e-3)
 
@@ -251,11 +253,16 @@ def test_data_sets_name_encoders_that_ship_and_digits_the_best_by_validation():
     assert table["digits"]["aux"][0] == f"embedded:{best_for_digits(index)}"
 
 
-def test_renamed_encoders_are_gone_and_their_successors_ship():
-    index = json.loads((EMBEDDED_FOLDER / "index.json").read_text())
+def test_former_names_are_refused_with_the_present_ones(monkeypatch):
+    monkeypatch.setattr(encoders, "EMBEDDED_FOLDER", EMBEDDED_FOLDER)
+    with pytest.raises(ValueError, match=r"'embedded:supervised'; it no longer ships, use embedded:texture$"):
+        encoders.resolve("embedded:supervised")
+    with pytest.raises(ValueError, match=r"use embedded:infonce or embedded:vicreg$"):
+        encoders.resolve("embedded:mae")
     renamed = json.loads((EMBEDDED_FOLDER / "renamed.json").read_text())
-    assert set(renamed) == {"supervised", "supervised-colour", "mae"}
-    assert not set(renamed) & set(index) and {name for names in renamed.values() for name in names} <= set(index)
+    assert set(renamed) == {"supervised", "supervised-colour", "mae"} and not set(renamed) & set(RECIPES)
+    for name in {name for names in renamed.values() for name in names}:
+        assert encoders.resolve(f"embedded:{name}").weights.name == f"{name}.safetensors"
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "2"], ["dino"], ["vicreg", "--images", "1"]])
