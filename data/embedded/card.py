@@ -20,9 +20,10 @@ embeddings that no caption ever used are zero: a prompt with other words is lega
 this model.
 """
 
-REPRODUCIBLE = """Seconds are wall-clock on two shared cores, about twice what they take on free ones. The same
-recipe gives the same weights on the same kind of processor with the same number of threads and nearly the same ones
-elsewhere, because sums are rounded in another order."""
+REPRODUCIBLE = """Seconds are wall-clock on two cores shared with other work, of which `infonce` and `vicreg` had a
+fraction of one; they compare nothing. The same recipe gives the same weights on the same kind of processor with the
+same number of threads and nearly the same ones elsewhere, because sums are rounded in another order; `other-classes`,
+`infonce` and `vicreg` were trained with `--threads 1`."""
 
 DATA = """Every image comes from a numpy generator seeded by the family (1 evaluation, 2 pretraining), the stream
 (captioned, labelled, pairs, others) and the seed: no pretraining image is an evaluation image. 15 % of captioned images
@@ -49,8 +50,9 @@ All judged on validation images.
   were begun and not finished.
 - Other classes for 900 steps of 256: 28 % alone; 2,400 of 128, a third more images, 37 %, and the curve has gone flat.
 - InfoNCE with drawings at their full side: loss 4.26 at step 300, against 4.3 at half their side, which is cheaper.
-- Masked autoencoding for 500 steps: near the random floor (head alone 2 %, AMU-Tuning -0.2 points at 16 shots), whether
-  its class token or its mean token is read; an encoder trained on both colours: the same (1.5 %, -0.8). Neither ships.
+- Masked autoencoding for 500 steps: near the random floor, whether its class token or its mean token is read; an
+  encoder trained on both colours: the same. They shipped once, with 2 % each for the head alone and no gain of
+  AMU-Tuning on test images (one draw), and no longer do.
 - The default memory layout of torch: three times slower than channels-last for these convolutions.
 """
 
@@ -143,8 +145,8 @@ In `shapes-spurious` the four groups score {groups} %. The learned scale of the 
 def _seen(index: Mapping[str, Mapping]) -> str:
     rows = [[f"`{name}`", entry["seen"]] for name, entry in index.items() if "seen" in entry]
     table = _table(["encoder", "what its training shows of evaluated classes"], rows)
-    return f"""No encoder sees an evaluation image, and none a label of an evaluated class, with one stated exception:
-`texture` is taught the name of every texture.
+    return f"""No encoder sees an evaluation image, and no auxiliary one a label of an evaluated class, with one stated
+exception: `texture` is taught the name of every texture.
 
 {table}"""
 
@@ -155,8 +157,9 @@ def _validation(index: Mapping[str, Mapping]) -> str:
         for name, points in ((name, entry.get("validation")) for name, entry in index.items())
         if points
     ]
-    about = """How long an encoder is trained was decided on validation images of `shapes`: the head alone with 16 shots
-(accuracy in %, mean of three draws) at steps of the one run that ships, whose rate falls to zero at its end."""
+    about = """Steps were set before a run by the time at hand, and kept or raised by validation images of `shapes` alone:
+the head alone with 16 shots (accuracy in %, mean of three draws) at steps of the one run that ships, whose rate falls to
+zero at its end. A longer run would have a higher rate at the same step."""
     return about + "\n\n" + "\n".join(tables)
 
 
