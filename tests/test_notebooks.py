@@ -203,4 +203,4 @@ def test_06_benchmark_on_a_bank_of_real_features(record, caltech70):
     ours, rule = metrics["accuracy"]["caltech70"], metrics["rule"]["caltech70"]
     assert ours["zero_shot"]["1"] == pytest.approx(94.46, abs=0.01)
     assert ours["clap"]["1"] > 94.46 and ours["aux_only"]["1"] < 90
-    assert rule["clip"] + 5 < rule["aux"], "MobileNet's features win the duels that CLIP's lose"
+    assert rule["clip"] < rule["aux"], "MobileNet's features win the duels that CLIP's lose"
