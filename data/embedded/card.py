@@ -157,9 +157,9 @@ def _validation(index: Mapping[str, Mapping]) -> str:
         for name, points in ((name, entry.get("validation")) for name, entry in index.items())
         if points
     ]
-    about = """Steps were set before a run by the time at hand, and kept or raised by validation images of `shapes` alone:
-the head alone with 16 shots (accuracy in %, mean of three draws) at steps of the one run that ships, whose rate falls to
-zero at its end. A longer run would have a higher rate at the same step."""
+    about = """Steps were set before a run by the time at hand, and kept or raised by validation images of `shapes`
+alone: the head alone with 16 shots (accuracy in %, mean of three draws) at steps of the one run that ships, whose rate
+falls to zero at its end. A longer run would have a higher rate at the same step."""
     return about + "\n\n" + "\n".join(tables)
 
 

@@ -97,7 +97,7 @@ RECIPES = {
         NET,
         {},
         "cross-entropy on the texture",
-        "one factor's labels, textures of the evaluated classes among them: the exception; no digit",
+        "labels of one factor, the six textures of the evaluated classes: the stated exception; no digit",
         Schedule(400),
         40_000,
     ),
