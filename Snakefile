@@ -18,17 +18,9 @@ if set(OUT) & set("{}"):
 GIVEN = [word for name, value in SETTINGS.items() for word in ("-p", name, str(value))]
 RUN = [sys.executable, "-m", "lib", "run", "--lenient"]
 LIBRARY = sorted(map(str, Path("lib").rglob("*.py")))
-WORLD = ["data/benchmarks.json", *sorted(map(str, Path("data/embedded").glob("*.safetensors"))), "data/embedded/index.json"]
-WORLD += [path for path in ("data/embedded/world.py", "data/embedded/draw.py", "data/embedded/render.py") if Path(path).exists()]
-FIRST = "00_extract_features"  # fills the feature cache, so that no two notebooks extract the same images
-NOTEBOOKS = [
-    "01_state_the_logit_bias",
-    "02_compare_logit_features",
-    "03_compare_logit_predictors",
-    "04_compare_logit_fusions",
-    "05_tune_amu",
-    "06_benchmark_methods",
-]
+WORLD = ["data/benchmarks.json", *(f"data/embedded/{name}" for name in ("index.json", "world.py", "draw.py", "render.py"))]
+WORLD += sorted(map(str, Path("data/embedded").glob("*.safetensors")))
+FIRST, *NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("*.ipynb"))  # the first fills the feature cache
 
 
 rule all:

@@ -149,9 +149,11 @@ def middle_of_best(scores: Float[Tensor, "*b G"]) -> Int64[Tensor, "*b"]:
     return (best & (best.cumsum(dim=-1) == middle)).to(torch.uint8).argmax(dim=-1)
 
 
-def repaired_and_broken(zero_shot: Logits, fused: Logits, y: Labels) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " b"]]:
+def repaired_and_broken(
+    zero_shot: Logits, fused: Logits, y: Labels, classes: Classes = None
+) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " b"]]:
     """Rows on which only the fused logits are correct, and those on which only the zero-shot logits are."""
-    before, after = correct(zero_shot, y), correct(fused, y)
+    before, after = correct(zero_shot, y, classes), correct(fused, y, classes)
     return torch.nonzero(after & ~before)[:, 0], torch.nonzero(before & ~after)[:, 0]
 
 

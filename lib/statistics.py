@@ -37,10 +37,10 @@ def paired(first: Sequence[float] | pd.Series, second: Sequence[float] | pd.Seri
     """
     gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     mean, half = mean_interval(gap)
-    if len(gap) > 1 and np.ptp(gap) > 0:
-        p = float(stats.ttest_1samp(gap, 0.0).pvalue)
-    else:
-        p = math.nan if len(gap) < 2 else float(mean == 0)  # one seed; or one difference in all
+    if len(gap) < 2 or math.isnan(mean):
+        p = math.nan
+    else:  # a difference that all seeds share has no spread to be tested against
+        p = float(stats.ttest_1samp(gap, 0.0).pvalue if np.ptp(gap) > 0 else mean == 0)
     return {"difference": mean, "half": half, "p": p}
 
 
@@ -52,7 +52,7 @@ def against(scores: pd.DataFrame, reference: str) -> pd.DataFrame:
     `edge`, whether p_holm lies between 0.02 and 0.08, where the verdict may turn.
     """
     table = pd.DataFrame({name: paired(scores[name], scores[reference]) for name in scores.columns.drop(reference)}).T
-    table["p_holm"] = holm(table["p"]) if table["p"].notna().all() else math.nan
+    table["p_holm"] = holm(table["p"])
     sign = np.where(table["difference"] > 0, "better", "worse")
     table["verdict"] = np.where(table["p"].isna(), "–", np.where(table["p_holm"] < 0.05, sign, "tie"))
     return table.assign(edge=table["p_holm"].between(0.02, 0.08))
@@ -66,11 +66,10 @@ def pm(mean: float, half: float, digits: int = 1, sign: bool = False) -> str:
 
 
 def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
-    """P-values corrected by Holm's step-down rule for the number of comparisons."""
+    """P-values corrected by Holm's step-down rule for the number of comparisons; those that are NaN do not count."""
     raw = np.asarray(p, dtype=float)
-    order = np.argsort(raw)
-    stepped = np.maximum.accumulate(raw[order] * (len(raw) - np.arange(len(raw))))
-    corrected = np.empty_like(raw)
+    corrected, order = np.full_like(raw, np.nan), np.argsort(raw)[: np.isfinite(raw).sum()]  # NaN are sorted last
+    stepped = np.maximum.accumulate(raw[order] * np.arange(len(order), 0, -1))
     corrected[order] = np.minimum(stepped, 1.0)
     return corrected
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.features import LOGIT_SCALE, FeatureBank, Features, TextFeatures, datasets, load_many, load_text
+from lib.features import LOGIT_SCALE, FeatureBank, Features, TextFeatures, datasets, load_many, load_text, open_bank
 
 PROTOCOLS = ("val", "fixed", "oracle")
 Arrays = Mapping[str, Any]  # tensors, arrays or lists
@@ -180,8 +180,8 @@ def load_source(
     """Features of a data set, extracted if not yet cached."""
     if views == 1 or views < 0:
         raise ValueError(f"views is 0 (plain images) or at least 2 random crops, not {views}")
-    test = test or dataset
-    card, test_card = _card(dataset), _card(test)
+    card = _card(dataset)
+    test, test_card = (test, _card(test)) if test else (dataset, card)
     if "train" not in card.splits:
         raise ValueError(f"{dataset} can be tested on, not learned from: learn from another with test={dataset!r}")
     clip, auxiliaries = encoders(dataset, clip, aux)
@@ -249,7 +249,7 @@ def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list
 
 
 def _card(dataset: str) -> FeatureBank | datasets.Dataset:
-    return FeatureBank(dataset) if dataset.startswith("features:") else datasets.load(dataset)
+    return open_bank(dataset) if dataset.startswith("features:") else datasets.load(dataset)
 
 
 def _match(classes: Sequence[str], test_classes: Sequence[str], what: str) -> Int64[Tensor, " T"]:

@@ -46,3 +46,12 @@ def test_paired_differences_over_seeds_have_one_kind_of_interval():
     same = statistics.paired(scores["a"], scores["a"])
     assert same == {"difference": 0.0, "half": 0.0, "p": 1.0}
     assert statistics.pm(62.44, float("nan")) == "62.4 ± –" and statistics.pm(1.26, 0.5, sign=True) == "+1.3 ± 0.5"
+
+
+def test_what_cannot_be_tested_gets_no_verdict_and_does_not_count_in_holms_correction():
+    corrected = statistics.holm([0.01, float("nan"), 0.03])
+    assert corrected[[0, 2]].tolist() == pytest.approx([0.02, 0.03]) and math.isnan(corrected[1])
+    scores = pd.DataFrame({"a": [0.60, 0.62, 0.64], "b": [0.50, 0.53, 0.53], "none": [float("nan")] * 3})
+    table = statistics.against(scores, "a")
+    assert table["verdict"].to_dict() == {"b": "worse", "none": "–"}
+    assert table.loc["b", "p_holm"] == table.loc["b", "p"]
