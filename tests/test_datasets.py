@@ -99,7 +99,7 @@ def test_a_generated_set_is_what_the_world_renders(name):
             assert np.array_equal(np.asarray(images_of[row]), rendered.images[row].permute(1, 2, 0).numpy())
     with pytest.raises(ValueError, match="has no split 'training'"):
         data.images("training")
-    assert data.aux[0] == "embedded:supervised" and len(data.aux) == 5
+    assert data.aux[0] == "embedded:other-classes" and len(data.aux) == 5
     assert data.templates == (world.DIGIT_TEMPLATES if name == "digits" else world.TEMPLATES)
 
 

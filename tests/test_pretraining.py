@@ -8,10 +8,13 @@ import pytest
 import torch
 import train as pretraining
 import world
+from card import best_for_digits
 from conftest import ROOT
 from objectives import FLIPPED, LIGHT, Augmentation, Schedule
 from torch.nn import functional as F
 from train import RECIPES
+
+from lib.features import encoders
 
 EMBEDDED_FOLDER = ROOT / "data" / "embedded"
 SHORT = Schedule(steps=14, batch=24, rate=4e-3)
@@ -23,7 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    return world.render_unlabelled(64, seed=0)
+    return world.render_labelled(64, seed=0)[0]
 
 
 def test_augmentation_without_strength_only_standardises(images):
@@ -51,23 +54,37 @@ def test_vicreg_is_zero_exactly_when_its_three_wishes_are_met():
     assert objectives.vicreg_loss(copies, copies, (0.0, 0.0, 1.0)).item() == pytest.approx(2 * 56 * 16 / 8, rel=1e-3)
 
 
-def test_patches_tile_the_image_and_are_standardised(images):
-    cut = objectives.patches(images.float(), 6)
-    assert cut.shape == (64, 64, 108)
-    torch.testing.assert_close(cut.mean(-1), torch.zeros(64, 64), atol=1e-4, rtol=0)
-    first = images[0, :, :6, :6].float().flatten()
-    assert torch.corrcoef(torch.stack([first, cut[0, 0]]))[0, 1] > 0.999
+def test_the_pull_of_vicreg_is_weak_enough_that_no_dimension_shrinks():
+    """The loss of a dimension whose branches do not correlate is least at deviation 1 or above, not at a quarter."""
+    a, b = torch.randn(2, 4000, 1, generator=generator())
+
+    def least(loss):
+        return min((0.1, 0.25, 0.5, 0.75, 1.0), key=lambda s: loss(s * a, s * b).item())
+
+    assert least(objectives.vicreg_loss) == 0.25
+    assert least(objectives.VICReg()) == 1.0
 
 
-def test_the_autoencoder_never_sees_what_it_must_guess(images):
-    model = objectives.MaskedAutoencoder(pretraining.encoder("mae", 0)).eval()
-    seen = []
-    model.encoder.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    model.loss(objectives.normalise(images[:4]), generator())
-    assert seen == [(4, 1 + 64 - round(0.7 * 64), RECIPES["mae"].settings["embed_dim"])]
+def test_infonce_is_the_entropy_of_picking_the_own_partner():
+    infonce, eye = objectives.InfoNCE(), torch.eye(5)
+    away = -torch.log(torch.exp(torch.tensor(10.0)) / (torch.exp(torch.tensor(10.0)) + 4))
+    assert infonce(3 * eye, 0.2 * eye).item() == pytest.approx(away.item(), abs=1e-6)
+    assert infonce(eye, torch.ones(5, 5)).item() == pytest.approx(torch.tensor(5.0).log().item(), rel=1e-5)
+    a, b = torch.randn(2, 5, 3, generator=generator())
+    assert infonce(a, b).item() == pytest.approx(infonce(b, a).item(), rel=1e-6)
+    assert infonce.scale.exp().item() == pytest.approx(10)  # a temperature of 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("random", "mae")])
+def test_pairs_leave_one_branch_trained_and_the_temperature_learned():
+    pictures, drawings = world.render_pairs(64, 0)
+    model, infonce = pretraining.encoder("infonce", 0), objectives.InfoNCE()
+    before = [parameter.clone() for parameter in model.parameters()]
+    objectives.train_pairs(model, pictures, drawings, infonce, 8, Schedule(2, batch=16, rate=1e-2), 0)
+    assert not model.training and infonce.scale.exp().item() != pytest.approx(10, abs=1e-4)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "random"])
 def test_a_few_steps_reduce_the_loss_and_repeat_exactly(name):
     first, again = (
         pretraining.train(name, RECIPES[name]._replace(schedule=SHORT, images=128), seed=1) for _ in range(2)
@@ -76,11 +93,6 @@ def test_a_few_steps_reduce_the_loss_and_repeat_exactly(name):
     assert sum(first.curve[-4:]) < sum(first.curve[:4])
     for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_masked_autoencoding_learns():
-    curve = pretraining.train("mae", RECIPES["mae"]._replace(schedule=SHORT, images=128), seed=1).curve
-    assert sum(curve[-3:]) < sum(curve[:3])
 
 
 def test_tokens_that_no_caption_uses_are_zero():
@@ -116,11 +128,11 @@ def test_what_is_not_trained_again_stays_in_the_index_whose_writing_is_atomic(tm
     assert [path.name for path in tmp_path.iterdir()] == ["index.json"], "no half-written file is left"
 
 
-def test_supervised_labels_are_texture_or_colours_and_never_shape():
-    images, labels = pretraining.labelled("supervised", 200, 0)
+def test_labels_are_textures_or_classes_that_no_evaluation_has():
+    images, labels = pretraining.labelled("texture", 200, 0)
     assert labels.shape == (len(images), 1) and labels.unique().tolist() == list(range(6))
-    colours = pretraining.labelled("supervised-colour", 200, 0)[1]
-    assert (colours[:, 0] != colours[:, 1]).all()
+    images, labels = pretraining.labelled("other-classes", 2000, 0)
+    assert images.shape == (2000, 3, 48, 48) and labels.unique().tolist() == list(range(128))
 
 
 def test_errors_name_both_sides(images):
@@ -128,15 +140,13 @@ def test_errors_name_both_sides(images):
         pretraining.encoder("vicregg", 0)
     with pytest.raises(ValueError, match=r"\(4, 2\) and \(4, 3\)"):
         objectives.vicreg_loss(torch.zeros(4, 2), torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="5 pixels do not tile images of 48 x 48"):
-        objectives.patches(torch.zeros(1, 3, 48, 48), 5)
     with pytest.raises(ValueError, match="64 images come with 1 captions"):
         objectives.train_clip(pretraining.clip_model(0), images, torch.zeros(1, 32, dtype=torch.long), SHORT, 0)
     with pytest.raises(ValueError, match="64 images come with 3 rows"):
         objectives.train_supervised(torch.nn.Identity(), images, torch.zeros(3, 1, dtype=torch.long), SHORT, 0)
     with pytest.raises(ValueError, match="vicreg cannot be trained for 2 steps on 1 images"):
         pretraining.plan("vicreg", steps=2, images=1)
-    with pytest.raises(ValueError, match="no recipe for dino; there are clip, vicreg"):
+    with pytest.raises(ValueError, match="no recipe for dino; there are clip, other-classes, infonce, vicreg"):
         pretraining.select(["clip", "dino"])
     with pytest.raises(ValueError, match="nan at step 0 of 2"):
         layer = torch.nn.Linear(2, 2)
@@ -201,11 +211,11 @@ def test_answers_are_correct_about_the_class_the_shape_or_the_texture():
 
 
 def test_a_trial_trains_stores_measures_and_writes_the_card(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(world, "IMAGES_PER_CLASS", {"train": 16, "val": 4, "test": 4})
-    trial = ["clip", "supervised", "--steps", "2", "--images", "64", "--threads", "1", "--folder", str(tmp_path)]
+    monkeypatch.setattr(world, "IMAGES_PER_CLASS", {"train": 16, "val": 8, "test": 4})
+    trial = ["clip", "texture", "--steps", "2", "--images", "64", "--threads", "1", "--folder", str(tmp_path)]
     assert pretraining.main(trial) == 0
     index = json.loads((tmp_path / "index.json").read_text())
-    assert list(index) == ["clip", "supervised"] and all(entry["steps"] == 2 for entry in index.values())
+    assert list(index) == ["clip", "texture"] and all(entry["steps"] == 2 for entry in index.values())
     cosines = re.findall(r"the least cosine with the features before is ([\d.]+)", capsys.readouterr().out)
     assert len(cosines) == 2 and min(map(float, cosines)) > 0.99
     assert (tmp_path / "embedded-clip.json").exists(), "the folder can stand in for data/embedded"
@@ -214,11 +224,43 @@ def test_a_trial_trains_stores_measures_and_writes_the_card(tmp_path, monkeypatc
         "shapes-novel",
     }
     assert len(index["clip"]["groups"]) == 4 and set(index["clip"]["digits"]) == {"val", "test"}
-    measured = index["supervised"]["measured"]
-    assert all(0 <= measured[key] <= 100 for key in ("probe_class", "head", "amu"))
-    assert measured["either"] >= measured["head"]
+    entry = index["texture"]
+    assert list(entry["validation"]) == ["2"] and 0 <= entry["validation"]["2"] <= 100
+    for dataset in ("shapes", "digits"):
+        assert list(entry["measured"][dataset]) == ["1", "4", "16"]
+        for row in entry["measured"][dataset].values():
+            assert row["amu"][0] - row["zero_shot"][0] == pytest.approx(row["gain"][0], abs=0.02)
+            assert row["either"][0] >= max(row["head"][0], row["zero_shot"][0]) and row["head"][1] >= 0
     card = (tmp_path / "README.md").read_text()
-    assert "`supervised` helps most" in card and index["clip"]["sha256"][:12] in card
+    assert "The default auxiliary encoder of `digits` is `texture`" in " ".join(card.split())
+    assert index["clip"]["sha256"][:12] in card
+
+
+def test_a_draw_takes_the_same_number_of_each_class_and_leaves_the_rest():
+    labels = torch.tensor([2, 0, 1, 2, 1, 0, 2, 0, 1, 2])
+    taken, rest = pretraining._draw(labels, 2, generator(5))
+    assert labels[taken].tolist() == [0, 0, 1, 1, 2, 2] and sorted([*taken.tolist(), *rest.tolist()]) == list(range(10))
+    assert any(not torch.equal(taken, pretraining._draw(labels, 2, generator(seed))[0]) for seed in range(5))
+
+
+def test_data_sets_name_encoders_that_ship_and_digits_the_best_by_validation():
+    index = json.loads((EMBEDDED_FOLDER / "index.json").read_text())
+    table = json.loads((ROOT / "data" / "benchmarks.json").read_text())["generated"]
+    for dataset in ("shapes", "digits"):
+        assert sorted(table[dataset]["aux"]) == sorted(f"embedded:{name}" for name in index if name != "clip")
+    assert table["digits"]["aux"][0] == f"embedded:{best_for_digits(index)}"
+
+
+def test_former_names_are_refused_with_the_present_ones(monkeypatch):
+    monkeypatch.setattr(encoders, "EMBEDDED_FOLDER", EMBEDDED_FOLDER)
+    with pytest.raises(ValueError, match=r"'embedded:supervised'; it no longer ships, use embedded:texture$"):
+        encoders.resolve("embedded:supervised")
+    with pytest.raises(ValueError, match=r"use embedded:infonce or embedded:vicreg$"):
+        encoders.resolve("embedded:mae")
+    renamed = json.loads((EMBEDDED_FOLDER / "renamed.json").read_text())
+    assert set(renamed) == {"supervised", "supervised-colour", "mae"} and not set(renamed) & set(RECIPES)
+    for name in {name for names in renamed.values() for name in names}:
+        assert encoders.resolve(f"embedded:{name}").weights.name == f"{name}.safetensors"
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "2"], ["dino"], ["vicreg", "--images", "1"]])

@@ -4,6 +4,7 @@ import hashlib
 
 import draw as drawing
 import numpy as np
+import others
 import pytest
 import torch
 import world
@@ -12,6 +13,9 @@ from sklearn.datasets import load_digits
 from lib.features import sources
 
 SEVERITIES = [f"shapes-corrupted-{severity}" for severity in range(1, 6)]
+
+
+OTHERS_DIGEST = "e3e5f4538c"  # of 400 images of seed 3
 
 
 def digest(images: torch.Tensor) -> list[bytes]:
@@ -98,7 +102,7 @@ def test_spurious_background_goes_with_the_texture_only_before_the_test():
 
 def test_no_image_is_in_two_streams(test_set):
     sets = [test_set.images, world.render("shapes", "train").images, world.render("shapes", "val").images]
-    sets += [world.render_captioned(500, 0)[0], world.render_unlabelled(500, 0), world.render_labelled(500, 0)[0]]
+    sets += [world.render_captioned(500, 0)[0], world.render_others(500, 0)[0], world.render_labelled(500, 0)[0]]
     sets += [world.render_captioned(500, 1)[0]]
     digests = [each for images in sets for each in digest(images)]
     assert len(set(digests)) == len(digests)
@@ -203,4 +207,46 @@ def test_errors_name_both_sides():
     with pytest.raises(ValueError, match="n=0, seed=3"):
         world.render_captioned(0, 3)
     with pytest.raises(ValueError, match="seed=-1"):
-        world.render_unlabelled(4, -1)
+        world.render_others(4, -1)
+
+
+def test_other_classes_share_no_shape_and_no_texture_with_any_other_stream():
+    shapes, textures = set(others.SHAPES), set(others.TEXTURES)
+    assert len(shapes) == 16 and len(textures) == 8
+    assert not shapes & set(drawing.SHAPES) and not textures & set(drawing.TEXTURES)
+    functions = {*others.KINDS.distances.values(), *others.KINDS.tones.values()}
+    assert not functions & {*drawing.KINDS.distances.values(), *drawing.KINDS.tones.values()}
+    words = {word for name in world.CLASSNAMES + world.NOVEL_CLASSNAMES for word in name.split()}
+    assert not words & (shapes | textures)
+
+
+def test_other_classes_are_the_same_bytes_twice_and_balanced():
+    images, labels = world.render_others(400, 3)
+    again, same = world.render_others(400, 3)
+    assert torch.equal(images, again) and torch.equal(labels, same)
+    assert not torch.equal(images, world.render_others(400, 4)[0])
+    assert labels.min() >= 0 and labels.max() < 128 and len(labels.unique()) > 100
+    assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:10] == OTHERS_DIGEST
+
+
+@pytest.mark.parametrize("kind", ["shape", "texture"])
+def test_other_shapes_and_textures_differ_to_the_eye(kind):
+    """Mean ink of drawings in one pose: any two shapes, and any two textures, differ by more than noise does."""
+    count = 16 if kind == "shape" else 8
+    style = drawing.SKETCH._replace(rotation=0, size=(0.9, 0.9), aspect=0, noise=0)
+    index = np.arange(count)
+    zeros = np.zeros(count, int)
+    factors = {"shape": zeros, "texture": zeros, "colour": zeros, "background": zeros + 1, kind: index}
+    drawn = drawing.draw_shapes(np.random.default_rng(0), factors, style, others.KINDS).astype(float).mean(1)
+    gaps = np.abs(drawn[:, None] - drawn[None]).mean((2, 3))
+    assert gaps[~np.eye(count, dtype=bool)].min() > 3
+    ink = (drawn < 128).mean((1, 2))
+    assert ink.min() > 0.01, "every one leaves a mark"
+
+
+def test_a_polygon_is_as_far_as_its_nearest_edge_and_negative_inside():
+    square = [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]
+    u, v = (np.array(values, np.float32) for values in ([0, 0.5, 2, 2, -3], [0, 0, 0, 2, 0]))
+    expected = [-1, -0.5, 1, 2**0.5, 2]
+    np.testing.assert_allclose(others._outline(u, v, square), expected, rtol=1e-5)
+    np.testing.assert_allclose(others._outline(u, v, square[::-1]), expected, rtol=1e-5)

@@ -28,6 +28,17 @@ CHUNK = 192  # images drawn at once: the working set stays in the processor's ca
 _AXIS = ((np.arange(IMAGE_SIZE) + 0.5) * 2 / IMAGE_SIZE - 1).astype(np.float32)
 
 
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # of u, v: below 0 inside the shape
+Tone = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of p, q and a salt for each image: 0..1
+
+
+class Kinds(NamedTuple):
+    """Shapes and textures that the factors `shape` and `texture` index."""
+
+    distances: dict[str, Distance]
+    tones: dict[str, Tone]
+
+
 class Style(NamedTuple):
     """How a scene is drawn; lengths are fractions of the frame, angles in radians, grey levels in 0..1."""
 
@@ -70,7 +81,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return second - 0.36
 
 
-def _box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+def box(u: np.ndarray, v: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
     return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
 
 
@@ -81,7 +92,7 @@ def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def _arrow(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     head = np.maximum((np.abs(v) + u - 0.95) * 0.7, 0.05 - u)
-    return np.minimum(head, _box(u + 0.4, v, 0.5, 0.25))
+    return np.minimum(head, box(u + 0.4, v, 0.5, 0.25))
 
 
 def _drop(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -94,12 +105,12 @@ def _clover(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.minimum.reduce(leaves).astype(np.float32)
 
 
-_DISTANCE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+_DISTANCE: dict[str, Distance] = {
     "circle": lambda u, v: np.hypot(u, v) - 0.85,
-    "square": lambda u, v: _box(u, v, 0.75, 0.75),
+    "square": lambda u, v: box(u, v, 0.75, 0.75),
     "triangle": lambda u, v: _polygon(u, v - 0.2, 3, 0.55),
     "star": _star,
-    "cross": lambda u, v: np.minimum(_box(u, v, 0.92, 0.3), _box(u, v, 0.3, 0.92)),
+    "cross": lambda u, v: np.minimum(box(u, v, 0.92, 0.3), box(u, v, 0.3, 0.92)),
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.66) - 0.25,
     "heart": _heart,
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.9, 0.72 - np.hypot(u - 0.45, v)),
@@ -124,7 +135,7 @@ def _hash(i: np.ndarray, j: np.ndarray, salt: np.ndarray) -> np.ndarray:
     return ((h ^ (h >> np.uint32(16))) & np.uint32(0xFFFF)).astype(np.float32) / 65535
 
 
-def _step(wave: np.ndarray, sharpness: float = 2.5) -> np.ndarray:
+def step(wave: np.ndarray, sharpness: float = 2.5) -> np.ndarray:
     return np.clip(0.5 + sharpness * wave, 0, 1)
 
 
@@ -133,18 +144,19 @@ def _speckled(p: np.ndarray, q: np.ndarray, salt: np.ndarray) -> np.ndarray:
     return (_hash(*cells, salt) > 0.6).astype(np.float32)
 
 
-_TONE: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+_TONE: dict[str, Tone] = {
     "plain": lambda p, q, salt: np.zeros_like(p),
-    "striped": lambda p, q, salt: _step(np.sin(p)),
-    "dotted": lambda p, q, salt: _step(np.cos(p) + np.cos(q) - 0.7, 1.5),
-    "checkered": lambda p, q, salt: _step(np.sin(p * 0.8) * np.sin(q * 0.8), 4.0),
-    "zigzag": lambda p, q, salt: _step(np.sin(p + 1.2 * np.arcsin(np.sin(q * 0.9)))),
+    "striped": lambda p, q, salt: step(np.sin(p)),
+    "dotted": lambda p, q, salt: step(np.cos(p) + np.cos(q) - 0.7, 1.5),
+    "checkered": lambda p, q, salt: step(np.sin(p * 0.8) * np.sin(q * 0.8), 4.0),
+    "zigzag": lambda p, q, salt: step(np.sin(p + 1.2 * np.arcsin(np.sin(q * 0.9)))),
     "speckled": _speckled,
-    "ringed": lambda p, q, salt: _step(np.sin(1.1 * np.hypot(p, q))),
-    "hatched": lambda p, q, salt: np.maximum(_step(np.sin(p) - 0.6), _step(np.sin(q) - 0.6)),
+    "ringed": lambda p, q, salt: step(np.sin(1.1 * np.hypot(p, q))),
+    "hatched": lambda p, q, salt: np.maximum(step(np.sin(p) - 0.6), step(np.sin(q) - 0.6)),
 }
 
 
+KINDS = Kinds(_DISTANCE, _TONE)
 SHAPES, TEXTURES = tuple(_DISTANCE), tuple(_TONE)
 
 
@@ -168,8 +180,10 @@ def _frame(rng: np.random.Generator, n: int, style: Style) -> tuple[np.ndarray, 
     return u, v, half * (IMAGE_SIZE / 2)
 
 
-def _tones(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, texture: np.ndarray, style: Style) -> np.ndarray:
-    n = len(u)
+def _tones(
+    rng: np.random.Generator, u: np.ndarray, v: np.ndarray, texture: np.ndarray, style: Style, kinds: Kinds
+) -> np.ndarray:
+    n, functions = len(u), list(kinds.tones.values())
     turn, rate = _between(rng, -0.6, 0.6, n, 1, 1), _between(rng, *style.frequency, n, 1, 1)
     cos, sin = np.cos(turn) * rate, np.sin(turn) * rate
     p = cos * u + sin * v + _between(rng, 0, 6.28, n, 1, 1)
@@ -178,7 +192,7 @@ def _tones(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, texture: np.n
     tones = np.zeros_like(u)
     for index in np.unique(texture):
         rows = texture == index
-        tones[rows] = _TONE[TEXTURES[index]](p[rows], q[rows], salt[rows])
+        tones[rows] = functions[index](p[rows], q[rows], salt[rows])
     return tones
 
 
@@ -231,9 +245,11 @@ def _compose(
     return _finish(rng, backdrop + mask * (fill - backdrop), style)
 
 
-def draw_shapes(rng: np.random.Generator, factors: dict[str, np.ndarray], style: Style) -> np.ndarray:
+def draw_shapes(
+    rng: np.random.Generator, factors: dict[str, np.ndarray], style: Style, kinds: Kinds = KINDS
+) -> np.ndarray:
     """Images of shapes; `factors` holds indices of shape, texture, colour and background."""
-    shape = factors["shape"]
+    shape, functions = factors["shape"], list(kinds.distances.values())
     images = np.empty((len(shape), 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for start in range(0, len(shape), CHUNK):
         part = slice(start, start + CHUNK)
@@ -241,8 +257,8 @@ def draw_shapes(rng: np.random.Generator, factors: dict[str, np.ndarray], style:
         distance = np.empty_like(u)
         for index in np.unique(shape[part]):
             rows = shape[part] == index
-            distance[rows] = _DISTANCE[SHAPES[index]](u[rows], v[rows])
-        tones = _tones(rng, u, v, factors["texture"][part], style)
+            distance[rows] = functions[index](u[rows], v[rows])
+        tones = _tones(rng, u, v, factors["texture"][part], style, kinds)
         colours = factors["colour"][part], factors["background"][part]
         images[part] = _compose(rng, distance * pixels, tones, *colours, style)
     return images

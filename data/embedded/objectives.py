@@ -1,4 +1,4 @@
-"""How an encoder learns without an evaluation image: augmentations, losses, one short loop, four trainings."""
+"""How an encoder learns without an evaluation image: augmentations, losses, one short loop, three trainings."""
 
 import copy
 import math
@@ -79,48 +79,29 @@ def vicreg_loss(
     return total
 
 
-def patches(images: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n tokens pixels"]:
-    """Cut images into squares of `size` pixels, each standardised by its own mean and deviation.
+class VICReg(nn.Module):
+    """`vicreg_loss` with a weaker pull of the two branches than the published 25, 25, 1.
 
-    Raises:
-        ValueError: `size` does not divide the sides of the images.
+    A dimension of deviation s whose branches correlate by r costs 2 l (1 - r) s^2 + u (1 - s), least at
+    s = u / (4 l (1 - r)). With l = u all dimensions with r < 3/4 shrink, at the start thus all of them, and with s^4
+    the covariances, so that they may all learn the same. With l = u / 5 none shrinks.
     """
-    height, width = images.shape[2:]
-    if height % size or width % size:
-        raise ValueError(f"patches of {size} pixels do not tile images of {height} x {width}")
-    cut = F.unfold(images, size, stride=size).transpose(1, 2)
-    return (cut - cut.mean(-1, keepdim=True)) / (cut.var(-1, keepdim=True) + 1e-4).sqrt()
+
+    def forward(self, a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+        return vicreg_loss(a, b, (5.0, 25.0, 1.0))
 
 
-class MaskedAutoencoder(nn.Module):
-    """A light decoder on timm's vision transformer (He et al. 2022): patches are hidden, their pixels predicted."""
+class InfoNCE(nn.Module):
+    """Cross-entropy of t cos(a_i, b_j) over rows and over columns (van den Oord et al. 2018), t learned from 10."""
 
-    def __init__(self, encoder: nn.Module, width: int = 64, hidden: float = 0.7):
+    def __init__(self):
         super().__init__()
-        self.encoder, self.hidden = encoder, hidden
-        tokens, patch = encoder.patch_embed.num_patches, encoder.patch_embed.patch_size[0]
-        self.enter = nn.Linear(encoder.embed_dim, width)
-        self.missing = nn.Parameter(torch.zeros(width))
-        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
-        self.decoder = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * patch**2))
+        self.scale = nn.Parameter(torch.tensor(10.0).log())
 
-    def loss(self, images: Float[Tensor, "n 3 h w"], generator: torch.Generator) -> Float[Tensor, ""]:
-        """Mean squared error over the hidden patches."""
-        encoder, n = self.encoder, len(images)
-        tokens = encoder.patch_embed(images) + encoder.pos_embed[:, encoder.num_prefix_tokens :]
-        count = tokens.shape[1]
-        kept = count - round(self.hidden * count)
-        order = torch.rand(n, count, generator=generator).argsort(1)
-        rows = torch.arange(n)[:, None]
-        prefix = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(n, -1, -1)
-        seen = encoder.norm(encoder.blocks(torch.cat([prefix, tokens[rows, order[:, :kept]]], 1)))[:, 1:]
-        full = self.missing.expand(n, count, -1).clone()
-        full[rows, order[:, :kept]] = self.enter(seen)
-        guess = self.leave(self.decoder(full + self.places))
-        target = patches(images, encoder.patch_embed.patch_size[0])
-        away = order[:, kept:]
-        return F.mse_loss(guess[rows, away], target[rows, away])
+    def forward(self, a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+        logits = self.scale.exp().clamp(max=100) * F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+        same = torch.arange(len(logits))
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -135,8 +116,15 @@ class Schedule(NamedTuple):
     decay: float = 0.05
 
 
+Watch = Callable[[list[float]], None]  # called after every step with the losses so far
+
+
+def silent(curve: list[float]) -> None:
+    """A watch that does nothing."""
+
+
 def optimise(
-    modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, show: bool = False
+    modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, watch: Watch = silent
 ) -> list[float]:
     """Minimise `loss(step)` over the parameters of `modules`; its values come back.
 
@@ -162,8 +150,7 @@ def optimise(
         nn.utils.clip_grad_norm_(parameters, 5.0)
         optimiser.step()
         curve.append(value.item())
-        if show and (step % 50 == 0 or step == schedule.steps - 1):
-            print(f"step {step:5d}  loss {sum(curve[-50:]) / len(curve[-50:]):.3f}", flush=True)
+        watch(curve)
     return curve
 
 
@@ -181,7 +168,7 @@ def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build().to(memory_format=torch.channels_last)
 
 
-# ---- four trainings: the model is trained in place, the loss of every step comes back -------------------------
+# ---- three trainings: the model is trained in place, the loss of every step comes back -------------------------
 
 
 def train_clip(
@@ -190,7 +177,7 @@ def train_clip(
     tokens: Int64[Tensor, "m length"],
     schedule: Schedule,
     seed: int,
-    show: bool = False,
+    watch: Watch = silent,
 ) -> list[float]:
     """Contrastive training with open_clip's ClipLoss, in place; returns the loss of every step.
 
@@ -215,30 +202,31 @@ def train_clip(
         return contrast(*model(views, tokens[rows[step]]))
 
     model.train()
-    curve = optimise([model], loss, schedule, show)
+    curve = optimise([model], loss, schedule, watch)
     model.eval()
     return curve
 
 
-def train_vicreg(
+def train_pairs(
     model: nn.Module,
     pictures: UInt8[Tensor, "n 3 48 48"],
     drawings: UInt8[Tensor, "n 3 48 48"],
+    objective: nn.Module,
+    dim: int,
     schedule: Schedule,
     seed: int,
-    show: bool = False,
+    watch: Watch = silent,
 ) -> list[float]:
-    """VICReg between a picture and a drawing of the same thing; the drawings' branch and the projectors are discarded.
+    """Agreement of `dim` projections of a picture and of a drawing of the same thing, by `objective`.
 
-    Each kind of image has a branch of its own, as VICReg allows (Bardes et al. 2022, section 4.3).
+    Each kind of image has a branch of its own, as VICReg allows (Bardes et al. 2022, section 4.3). Drawings are shrunk
+    to half their side, at a quarter of the cost; their branch and the projectors are discarded.
     """
     generator, width = torch.Generator().manual_seed(seed), 256
     other = copy.deepcopy(model)
     projectors = seeded(
         lambda: nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)
-            )
+            nn.Sequential(nn.Linear(model.num_features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, dim))
             for _ in range(2)
         ),
         seed,
@@ -246,29 +234,12 @@ def train_vicreg(
     rows = batches(len(pictures), schedule, generator)
 
     def loss(step: int) -> Tensor:
-        views = [augment(kind[rows[step]], FLIPPED, generator) for kind in (pictures, drawings)]
-        return vicreg_loss(projectors[0](model(views[0])), projectors[1](other(views[1])))
+        picture, drawing = (augment(kind[rows[step]], FLIPPED, generator) for kind in (pictures, drawings))
+        return objective(projectors[0](model(picture)), projectors[1](other(F.avg_pool2d(drawing, 2))))
 
     for module in (model, other):
         module.train()
-    curve = optimise([model, other, projectors], loss, schedule, show)
-    model.eval()
-    return curve
-
-
-def train_mae(
-    model: nn.Module, images: UInt8[Tensor, "n 3 48 48"], schedule: Schedule, seed: int, show: bool = False
-) -> list[float]:
-    """Masked autoencoding; the decoder is discarded."""
-    generator = torch.Generator().manual_seed(seed)
-    autoencoder = seeded(lambda: MaskedAutoencoder(model), seed)
-    rows = batches(len(images), schedule, generator)
-
-    def loss(step: int) -> Tensor:
-        return autoencoder.loss(augment(images[rows[step]], FLIPPED, generator), generator)
-
-    model.train()
-    curve = optimise([autoencoder], loss, schedule, show)
+    curve = optimise([model, projectors, other, objective], loss, schedule, watch)
     model.eval()
     return curve
 
@@ -279,7 +250,7 @@ def train_supervised(
     labels: Int64[Tensor, "m factors"],
     schedule: Schedule,
     seed: int,
-    show: bool = False,
+    watch: Watch = silent,
 ) -> list[float]:
     """Cross-entropy, summed over one linear classifier for each column of `labels`; they are discarded.
 
@@ -301,6 +272,6 @@ def train_supervised(
         return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels[rows[step]].T, strict=True))
 
     model.train()
-    curve = optimise([model, head], loss, schedule, show)
+    curve = optimise([model, head], loss, schedule, watch)
     model.eval()
     return curve

@@ -2,7 +2,7 @@
 
     python data/embedded/train.py                       all six, about an hour on two shared cores
     python data/embedded/train.py clip vicreg           these; the others stay as they are
-    python data/embedded/train.py supervised --steps 2 --images 64 --folder trial
+    python data/embedded/train.py texture --steps 2 --images 64 --folder trial
     python data/embedded/train.py --measure             measure the weights that are there again
     python data/embedded/train.py --card                README.md from index.json alone
 
@@ -42,18 +42,10 @@ from torch.nn import functional as F  # noqa: E402
 
 from lib import methods, metrics, runs, tasks  # noqa: E402
 from lib.files import replace_file  # noqa: E402
+from lib.statistics import mean_interval  # noqa: E402
 
 CLIP_NAME = "embedded-clip"  # the name of the open_clip configuration
 CLIP_CONFIG = FOLDER / f"{CLIP_NAME}.json"
-VIT = {
-    "img_size": 48,
-    "patch_size": 6,
-    "embed_dim": 128,
-    "depth": 4,
-    "num_heads": 4,
-    "global_pool": "avg",
-    "fc_norm": False,
-}
 
 
 class Recipe(NamedTuple):
@@ -62,6 +54,7 @@ class Recipe(NamedTuple):
     architecture: str
     settings: dict[str, int | bool | str]
     objective: str
+    seen: str
     schedule: Schedule
     images: int
 
@@ -75,20 +68,44 @@ class Trained(NamedTuple):
     facts: dict[str, object]
 
 
+NET = "test_byobnet"
+PAIRS = "pairs of a picture and a drawing that share shape and texture, hence the class, or a printed digit; no label"
 RECIPES = {
-    "clip": Recipe(CLIP_NAME, {}, "contrastive loss on captioned images", Schedule(2000, rate=3e-3), 60_000),
-    "vicreg": Recipe(
-        "test_byobnet",
+    "clip": Recipe(
+        CLIP_NAME,
         {},
-        "VICReg between pictures and line drawings of the same things",
-        Schedule(900, rate=3e-3),
+        "contrastive loss on captioned images",
+        "captions that name the shape always and the texture in a fifth; printed digits",
+        Schedule(2000, rate=3e-3),
+        60_000,
+    ),
+    "other-classes": Recipe(
+        NET,
+        {},
+        "cross-entropy on 128 classes of other shapes and textures",
+        "labels of classes that share no shape and no texture with an evaluated class; no digit",
+        Schedule(2400, batch=128, rate=3e-3),
+        60_000,
+    ),
+    "infonce": Recipe(
+        NET, {}, "InfoNCE between pictures and line drawings", PAIRS, Schedule(3000, batch=128, rate=3e-3), 60_000
+    ),
+    "vicreg": Recipe(
+        NET, {}, "VICReg between pictures and line drawings", PAIRS, Schedule(2000, batch=128, rate=3e-3), 60_000
+    ),
+    "texture": Recipe(
+        NET,
+        {},
+        "cross-entropy on the texture",
+        "labels of one factor, the six textures of the evaluated classes: the stated exception; no digit",
+        Schedule(400),
         40_000,
     ),
-    "mae": Recipe("vit_tiny_patch16_224", VIT, "masked autoencoding of unlabelled images", Schedule(500), 40_000),
-    "supervised": Recipe("test_byobnet", {}, "cross-entropy on the texture", Schedule(400), 40_000),
-    "supervised-colour": Recipe("test_byobnet", {}, "cross-entropy on both colours", Schedule(200), 40_000),
-    "random": Recipe("test_byobnet", {}, "none: random weights", Schedule(0), 1),
+    "random": Recipe(NET, {}, "none: random weights", "nothing", Schedule(0), 1),
 }
+OBJECTIVES = {"infonce": (objectives.InfoNCE, 128), "vicreg": (objectives.VICReg, 64)}  # and dimensions to compare
+SHOTS, SEEDS = (1, 4, 16), (1, 2, 3)  # of the tasks that encoders are measured on
+VALIDATE_EVERY = 500  # steps of a training, and at its end
 
 
 # ---- encoders ----------------------------------------------------------------------------------------------
@@ -147,30 +164,35 @@ def plan(name: str, steps: int = 0, images: int = 0) -> Recipe:
     return recipe._replace(schedule=schedule, images=images)
 
 
-def train(name: str, recipe: Recipe, seed: int, show: bool = False) -> Trained:
+def train(name: str, recipe: Recipe, seed: int, watch: objectives.Watch = objectives.silent) -> Trained:
     """A trained encoder: built, and trained by its own objective on images of its own."""
-    started, schedule, images = time.monotonic(), recipe.schedule, recipe.images
-    model, curve, facts = build(name, seed), [], {}
-    options = (schedule, seed, show)
+    return train_model(build(name, seed), name, recipe, seed, watch)
+
+
+def train_model(model: nn.Module, name: str, recipe: Recipe, seed: int, watch: objectives.Watch) -> Trained:
+    """The same for a model that is already built, and which `watch` may look at while it learns."""
+    started, images, curve, facts = time.monotonic(), recipe.images, [], {}
+    options = (recipe.schedule, seed, watch)
     if name == "clip":
         pictures, captions = world.render_captioned(images, seed)
         curve = objectives.train_clip(model, pictures, open_clip.get_tokenizer(CLIP_NAME)(captions), *options)
         facts = {"captions": caption_rates(captions), "logit_scale": model.logit_scale.exp().item()}
-    elif name == "vicreg":
-        curve = objectives.train_vicreg(model, *world.render_pairs(images, seed), *options)
-    elif name == "mae":
-        curve = objectives.train_mae(model, world.render_unlabelled(images, seed), *options)
+    elif name in OBJECTIVES:
+        objective, dim = OBJECTIVES[name]
+        curve = objectives.train_pairs(model, *world.render_pairs(images, seed), objective(), dim, *options)
     elif name != "random":
         curve = objectives.train_supervised(model, *labelled(name, images, seed), *options)
     return Trained(model.eval(), curve, time.monotonic() - started, facts)
 
 
-def labelled(name: str, images: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], Int64[Tensor, "n factors"]]:
-    """Images and label columns of a supervised encoder: texture alone, or object and background colour."""
+def labelled(name: str, images: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], Int64[Tensor, "n 1"]]:
+    """Images and labels of a supervised encoder: textures, or classes of other shapes and textures."""
+    if name == "other-classes":
+        drawn, labels = world.render_others(images, seed)
+        return drawn, labels[:, None]
     drawn, factors = world.render_labelled(images, seed)
-    columns = ["texture"] if name == "supervised" else ["colour", "background"]
-    rows = (factors["texture"] >= 0) & (factors["sketch"] == 0)  # digits have no texture, sketches no colour
-    return drawn[rows], torch.stack([factors[column][rows] for column in columns], 1)
+    rows = (factors["texture"] >= 0) & (factors["sketch"] == 0)  # digits have no texture
+    return drawn[rows], factors["texture"][rows, None]
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------
@@ -206,6 +228,7 @@ def index_entry(name: str, trained: Trained, path: Path, recipe: Recipe, seed: i
         "std": STD,
         "feature_dim": trained.model.text_projection.shape[1] if clip else trained.model.num_features,
         "objective": recipe.objective,
+        "seen": recipe.seen,
         "images": recipe.images,
         "steps": schedule.steps,
         "batch": schedule.batch,
@@ -311,65 +334,138 @@ def measure_clip(clip: nn.Module) -> dict[str, object]:
     return {"zero_shot": accuracy, "groups": by_group, "digits": digits}
 
 
-def measure_auxiliary(models: dict[str, nn.Module], clip: nn.Module) -> dict[str, dict[str, float]]:
-    """Accuracy in % with 16 shots of shapes of a probe, the head alone and AMU-Tuning, and the CMY of head and CLIP.
+class Ground(NamedTuple):
+    """A data set as CLIP sees it: what every auxiliary encoder is measured with."""
 
-    Support and validation images are the first of their class.
+    sets: dict[str, world.Rendered]
+    clip: dict[str, Float[Tensor, "n d"]]
+    text: Float[Tensor, "classes d"]
+
+
+def ground(dataset: str, clip: nn.Module) -> Ground:
+    """The splits of `shapes` or `digits` with CLIP's features."""
+    digits = dataset == "digits"
+    sets = {split: world.digits(split) if digits else world.render(dataset, split) for split in world.SPLITS}
+    templates = world.DIGIT_TEMPLATES if digits else world.TEMPLATES
+    text = text_classifier(clip, sets["train"].classnames, templates)
+    return Ground(sets, {split: encode(clip, rendered.images) for split, rendered in sets.items()}, text)
+
+
+def few_shot(data: Ground, aux: dict[str, Float[Tensor, "n d"]], part: str, shots: int, seed: int) -> tasks.FewShotTask:
+    """A task judged on `part`: all test images, or the validation images of which beta is not chosen."""
+    generator = torch.Generator().manual_seed(seed)
+    support, _ = _draw(data.sets["train"].labels, shots, generator)
+    chosen_on, others = _draw(data.sets["val"].labels, min(shots, 4), generator)
+    judged = others if part == "val" else torch.arange(len(data.sets["test"].labels))
+    rows = {"support": ("train", support), "val": ("val", chosen_on), "test": (part, judged)}
+    arrays = {
+        key: {"clip": data.clip[split][index], "aux": aux[split][index], "y": data.sets[split].labels[index]}
+        for key, (split, index) in rows.items()
+    }
+    return tasks.FewShotTask.from_arrays(text=data.text, classnames=data.sets["train"].classnames, seed=seed, **arrays)
+
+
+def _draw(labels: Int64[Tensor, " n"], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows of `count` images of each class in a random order, and the other rows."""
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    return order[rank < count], order[rank >= count]
+
+
+def accuracies(task: tasks.FewShotTask) -> dict[str, float]:
+    """Accuracy in % of zero-shot CLIP, the head alone and AMU-Tuning, differences, and the CMY of head and CLIP."""
+    head, amu = (methods.build(method).fit(task).logits(task.test) for method in ("aux_only", "amu"))
+    correct = [metrics.correct(logits, task.test.y) for logits in (task.test.zero_shot, head, amu)]
+    zero_shot, alone, both = (100 * rows.float().mean().item() for rows in correct)
+    return {
+        "zero_shot": zero_shot,
+        "head": alone,
+        "amu": both,
+        "gain": both - zero_shot,
+        "above_head": both - alone,
+        "either": 100 * (correct[0] | correct[1]).float().mean().item(),
+        "cmy": metrics.complementarity(task.test.zero_shot, head),
+    }
+
+
+def measure_auxiliary(model: nn.Module, grounds: dict[str, Ground]) -> dict[str, object]:
+    """Means and half-widths of their t-intervals over SEEDS of `accuracies`, by data set and shots; and a probe.
+
+    `shapes` is judged on test images; `digits` on validation images, because its default encoder is chosen by that.
     """
-    text = text_classifier(clip, world.CLASSNAMES, world.TEMPLATES)
-    rendered = {split: world.render("shapes", split) for split in world.SPLITS}
-    rows = {split: _first_of_class(rendered[split].labels, count) for split, count in (("train", 16), ("val", 4))}
-    rows["test"] = torch.arange(len(rendered["test"].labels))
-    images = {split: rendered[split].images[rows[split]] for split in rows}
-    clip_features = {split: encode(clip, images[split]) for split in rows}
     measured = {}
-    for name, model in models.items():
-        train, val, test = (
-            {
-                "clip": clip_features[split],
-                "aux": encode(model, images[split]),
-                "y": rendered[split].labels[rows[split]],
+    for dataset, part in (("shapes", "test"), ("digits", "val")):
+        data = grounds[dataset]
+        aux = {split: encode(model, rendered.images) for split, rendered in data.sets.items()}
+        measured[dataset] = {}
+        for shots in SHOTS:
+            rows = [accuracies(few_shot(data, aux, part, shots, seed)) for seed in SEEDS]
+            intervals = {key: mean_interval([row[key] for row in rows]) for key in rows[0]}
+            measured[dataset][str(shots)] = {
+                key: [round(value, 2) for value in pair] for key, pair in intervals.items()
             }
-            for split in rows
-        )
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
-        answers = torch.from_numpy(probe.fit(train["aux"].numpy(), train["y"].numpy()).predict(test["aux"].numpy()))
-        arrays = {"support": train, "val": val, "test": test}
-        task = tasks.FewShotTask.from_arrays(text=text, classnames=world.CLASSNAMES, name=name, **arrays)
-        head, amu = (methods.build(method).fit(task).logits(task.test) for method in ("aux_only", "amu"))
-        zero_shot = task.test.zero_shot
-        correct = [metrics.correct(logits, task.test.y) for logits in (zero_shot, head, amu)]
-        measured[name] = {
-            **{f"probe_{key}": value for key, value in correct_about(answers, rendered["test"]).items()},
-            "head": _percent(correct[1]),
-            "amu": _percent(correct[2]),
-            "gain": round(100 * (correct[2].float().mean() - correct[0].float().mean()).item(), 1),
-            "either": _percent(correct[0] | correct[1]),
-            "cmy": round(metrics.complementarity(zero_shot, head), 2),
-        }
+        if dataset == "shapes":
+            support, _ = _draw(data.sets["train"].labels, 16, torch.Generator().manual_seed(SEEDS[0]))
+            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
+            probe.fit(aux["train"][support].numpy(), data.sets["train"].labels[support].numpy())
+            answers = torch.from_numpy(probe.predict(aux["test"].numpy()))
+            measured["probe"] = correct_about(answers, data.sets["test"])
     return measured
 
 
-def _first_of_class(labels: Int64[Tensor, " n"], count: int) -> Int64[Tensor, " m"]:
-    return labels.argsort(stable=True).reshape(len(labels.unique()), -1)[:, :count].flatten()
+def validation_watch(model: nn.Module, data: Ground | None, steps: int) -> tuple[objectives.Watch, dict[str, float]]:
+    """A watch that prints the loss, and the curve it fills: accuracy in % by steps of the head alone on `shapes`.
+
+    It has 16 shots and is judged on the validation images of which no beta is chosen; the mean over SEEDS.
+    """
+    points = {}
+
+    def watch(losses: list[float]) -> None:
+        done = len(losses)
+        if done % 50 == 1 or done == steps:
+            print(f"step {done:5d}  loss {sum(losses[-50:]) / len(losses[-50:]):.3f}", flush=True)
+        if data is not None and (done % VALIDATE_EVERY == 0 or done == steps):
+            model.eval()
+            points[str(done)] = validate(model, data)
+            model.train()
+
+    return watch, points
+
+
+def validate(model: nn.Module, data: Ground) -> float:
+    """Accuracy in % of the head alone with 16 shots on validation images of `shapes`, the mean over SEEDS."""
+    aux = {split: encode(model, data.sets[split].images) for split in ("train", "val")}
+    drawn = [few_shot(data, aux, "val", 16, seed) for seed in SEEDS]
+    correct = [metrics.correct(methods.build("aux_only").fit(t).logits(t.test), t.test.y) for t in drawn]
+    return _percent(torch.cat(correct))
 
 
 def _percent(rows: Tensor) -> float:
     return round(100 * rows.float().mean().item(), 1)
 
 
+def stored(name: str, folder: Path) -> nn.Module | None:
+    """An encoder with the weights of a folder; None where its index has none."""
+    index = read_index(folder)
+    return restored(build(name, 0), folder / index[name]["file"]) if name in index else None
+
+
 def measure(names: Sequence[str], folder: Path) -> None:
     """Measure stored weights and write what came out to index.json; auxiliary encoders only where a CLIP is."""
-    index = read_index(folder)
-    models = {name: restored(build(name, 0), folder / index[name]["file"]) for name in {*names, "clip"} & set(index)}
-    clip = models.pop("clip", None)
+    clip = stored("clip", folder)
     if clip is None:
         print("no clip in the folder: nothing is measured")
         return
     if "clip" in names:
-        write_index({"clip": index["clip"] | measure_clip(clip)}, folder)
-    for name, measured in measure_auxiliary({name: models[name] for name in names if name in models}, clip).items():
-        write_index({name: index[name] | {"measured": measured}}, folder)
+        write_index({"clip": read_index(folder)["clip"] | measure_clip(clip)}, folder)
+    grounds = {dataset: ground(dataset, clip) for dataset in ("shapes", "digits")}
+    for name in names:
+        model = stored(name, folder) if name != "clip" else None
+        if model is not None:
+            print(f"{name}: measured", flush=True)
+            write_index({name: read_index(folder)[name] | {"measured": measure_auxiliary(model, grounds)}}, folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -398,7 +494,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shutil.copy(CLIP_CONFIG, folder)
         for name, recipe in plans.items():
             print(f"{name}: {recipe.schedule.steps} steps on {recipe.images} images", flush=True)
-            trained = train(name, recipe, options.seed, show=True)
+            model, clip = build(name, options.seed), stored("clip", folder)
+            data = ground("shapes", clip) if clip is not None and name not in ("clip", "random") else None
+            watch, points = validation_watch(model, data, recipe.schedule.steps)
+            trained = train_model(model, name, recipe, options.seed, watch)
+            trained.facts.update({"validation": points} if points else {})
             path = folder / f"{name}.safetensors"
             write_index({name: index_entry(name, trained, path, recipe, options.seed)}, folder)
             back, images = restored(trained.model, path), world.render("shapes", "val").images

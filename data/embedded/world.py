@@ -2,7 +2,7 @@
 
 An image shows one coloured, textured shape among clutter; a class is a texture and a shape ("striped star").
 Evaluation sets come from `render` and `digits`, which `render.py` writes to files; training images of the encoders come
-from `render_captioned`, `render_unlabelled`, `render_pairs` and `render_labelled`, whose seeds are of another family.
+from `render_captioned`, `render_labelled`, `render_pairs` and `render_others`, whose seeds are of another family.
 Every pixel follows from an explicit numpy Generator, so the same call gives the same bytes.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import draw as drawing
 import numpy as np
+import others
 import torch
 from draw import CORRUPTIONS, IMAGE_SIZE
 from jaxtyping import Int64, UInt8
@@ -162,13 +163,17 @@ def _rendered(
 
 DIGIT_RATE, SKETCH_RATE = 0.15, 0.05
 CAPTION_RATES = {"colour": 0.4, "texture": 0.2, "background": 0.15}  # how often a caption names each factor
-_PURPOSES = ("captioned", "unlabelled", "labelled", "pairs")
+_PURPOSES = ("captioned", "unlabelled", "labelled", "pairs")  # places are seeds; the second is no longer drawn
+
+
+def _check_stream(n: int, seed: int) -> None:
+    if n < 1 or seed < 0:
+        raise ValueError(f"a stream has at least 1 image and a seed of 0 or more, not n={n}, seed={seed}")
 
 
 def _stream(n: int, seed: int, purpose: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Images and factors of the pretraining stream; -1 where a factor does not apply."""
-    if n < 1 or seed < 0:
-        raise ValueError(f"a stream has at least 1 image and a seed of 0 or more, not n={n}, seed={seed}")
+    _check_stream(n, seed)
     rng = np.random.default_rng([_PRETRAINING, _PURPOSES.index(purpose), seed])
     which = rng.random(n)
     digit, sketch = which < DIGIT_RATE, which > 1 - SKETCH_RATE
@@ -221,15 +226,6 @@ def render_captioned(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], lis
     return torch.from_numpy(images), captions
 
 
-def render_unlabelled(n: int, seed: int) -> UInt8[Tensor, "n 3 48 48"]:
-    """Images of the same kinds as `render_captioned`, from a stream of their own, without captions.
-
-    Raises:
-        ValueError: `n` below 1 or `seed` below 0.
-    """
-    return torch.from_numpy(_stream(n, seed, "unlabelled")[0])
-
-
 def render_pairs(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], UInt8[Tensor, "n 3 48 48"]]:
     """A picture and a line drawing of each thing, in poses of their own, without captions.
 
@@ -252,3 +248,21 @@ def render_labelled(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], dict
     """
     images, factors = _stream(n, seed, "labelled")
     return torch.from_numpy(images), _tensors(factors)
+
+
+def render_others(n: int, seed: int) -> tuple[UInt8[Tensor, "n 3 48 48"], Int64[Tensor, " n"]]:
+    """Images of shapes and textures that no evaluated class has, with their 128 classes: a texture and a shape each.
+
+    Raises:
+        ValueError: `n` below 1 or `seed` below 0.
+    """
+    _check_stream(n, seed)
+    rng = np.random.default_rng([_PRETRAINING, len(_PURPOSES) + 1, seed])  # one more is the drawings of pairs
+    factors = {
+        "shape": rng.integers(len(others.SHAPES), size=n),
+        "texture": rng.integers(len(others.TEXTURES), size=n),
+        **_colours(rng, n),
+    }
+    images = drawing.draw_shapes(rng, factors, drawing.PHOTO, others.KINDS)
+    labels = factors["texture"] * len(others.SHAPES) + factors["shape"]
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))

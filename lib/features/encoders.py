@@ -137,7 +137,11 @@ def embedded_index() -> dict[str, dict[str, Any]]:
 def _embedded_spec(name: str, rest: str) -> EncoderSpec:
     index = embedded_index()
     if rest not in index:
+        renamed = EMBEDDED_FOLDER / "renamed.json"
+        now = json.loads(renamed.read_text()).get(rest) if renamed.is_file() else None
         hint = nearest(name, [f"embedded:{key}" for key in index]) if index else "run python data/embedded/train.py"
+        if now:
+            hint = f"it no longer ships, use {' or '.join(f'embedded:{key}' for key in now)}"
         raise ValueError(f"unknown encoder {name!r}; {hint}")
     entry = index[rest]
     weights = existing(name, EMBEDDED_FOLDER / entry["file"])
