@@ -126,12 +126,13 @@ def silent(curve: list[float]) -> None:
 def optimise(
     modules: Iterable[nn.Module], loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule, watch: Watch = silent
 ) -> list[float]:
-    """Minimise `loss(step)` over the parameters of `modules`; its values come back.
+    """Values of `loss(step)` while it is minimised over the parameters of `modules`, which end in evaluation mode.
 
     Raises:
         ValueError: a loss that is not finite, naming the step.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    trained = nn.ModuleList(modules).train()
+    parameters = [p for p in trained.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -151,6 +152,7 @@ def optimise(
         optimiser.step()
         curve.append(value.item())
         watch(curve)
+    trained.eval()
     return curve
 
 
@@ -201,10 +203,7 @@ def train_clip(
             model.logit_scale.clamp_(0, math.log(100))
         return contrast(*model(views, tokens[rows[step]]))
 
-    model.train()
-    curve = optimise([model], loss, schedule, watch)
-    model.eval()
-    return curve
+    return optimise([model], loss, schedule, watch)
 
 
 def train_pairs(
@@ -237,11 +236,7 @@ def train_pairs(
         picture, drawing = (augment(kind[rows[step]], FLIPPED, generator) for kind in (pictures, drawings))
         return objective(projectors[0](model(picture)), projectors[1](other(F.avg_pool2d(drawing, 2))))
 
-    for module in (model, other):
-        module.train()
-    curve = optimise([model, projectors, other, objective], loss, schedule, watch)
-    model.eval()
-    return curve
+    return optimise([model, projectors, other, objective], loss, schedule, watch)
 
 
 def train_supervised(
@@ -271,7 +266,4 @@ def train_supervised(
         logits = head(model(views)).split(sizes, 1)
         return sum(F.cross_entropy(part, y) for part, y in zip(logits, labels[rows[step]].T, strict=True))
 
-    model.train()
-    curve = optimise([model, head], loss, schedule, watch)
-    model.eval()
-    return curve
+    return optimise([model, head], loss, schedule, watch)
