@@ -233,7 +233,8 @@ def test_notebooks_keep_their_form(path):
             tree = ast.parse(cell.source)
             assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     codes = [cell.source for cell in book.cells if cell.cell_type == "code"]
-    assert "answer = display(" in codes[1] and "answer.update(" in codes[-1], "the answer stands above the first section"
+    assert "answer = display(" in codes[1], "the answer stands above the first section"
+    assert any("answer.update(" in source for source in codes[-2:])
     assert "run.record(" in codes[-1]
     assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3"
 
