@@ -91,7 +91,7 @@ RECIPES = {
         NET, {}, "InfoNCE between pictures and line drawings", PAIRS, Schedule(3000, batch=128, rate=3e-3), 60_000
     ),
     "vicreg": Recipe(
-        NET, {}, "VICReg between pictures and line drawings", PAIRS, Schedule(2000, batch=128, rate=3e-3), 60_000
+        NET, {}, "VICReg between pictures and line drawings", PAIRS, Schedule(6000, batch=128, rate=3e-3), 60_000
     ),
     "texture": Recipe(
         NET,
