@@ -1,9 +1,10 @@
 """Every notebook runs headless with small parameters, and its recorded numbers are what they must be."""
 
 import pytest
+import torch
 from conftest import ROOT
 
-from lib import fusion, runs, tasks
+from lib import features, fusion, runs, tasks
 
 SMALL = {
     "00_extract_features": {"picture": 200},
@@ -47,20 +48,60 @@ def record(tmp_path_factory):
 
 def test_00_extract_features(record):
     metrics = record("00_extract_features")
-    assert metrics["images"]["test"] >= 2000
-    nearest = metrics["nearest"]
-    assert nearest["embedded:random"]["same class"] < nearest["embedded:vicreg"]["same class"]
+    assert metrics["images"]["test"] >= 2000 and not any(metrics["left_out"].values())
+    nearest, verdicts, chance = metrics["nearest"], metrics["verdicts"], metrics["chance"]
+    clip, *others = nearest
+    assert set(chance) == {"class", "shape", "texture", "colour", "background"}, "factors.csv is read"
+    assert chance["texture"] == pytest.approx(100 / 6, abs=0.1) and chance["shape"] == pytest.approx(100 / 12, abs=0.1)
+    assert set(verdicts["shape"].values()) == {"worse"}, "CLIP sees the shape"
+    assert verdicts["texture"]["embedded:texture"] == verdicts["texture"]["embedded:other-classes"] == "better"
+    assert nearest["embedded:random"]["class"] < nearest["embedded:vicreg"]["class"]
+    assert metrics["other"] in others and set(metrics["only"]) == set(others) == set(verdicts["class"])
+    for name, shares in metrics["only"].items():
+        gap = shares["it alone"] - shares["CLIP alone"]
+        assert gap == pytest.approx(nearest[name]["class"] - nearest[clip]["class"])
     for name, row in metrics["cka"].items():
         assert row[name] == pytest.approx(1) and all(0 <= value <= 1.0001 for value in row.values())
+
+
+def test_00_extract_features_of_a_bank_of_real_features(record, caltech70):
+    metrics = record("00_extract_features", dataset=f"features:{caltech70}", candidates="aux_inat_bird")
+    assert list(metrics["nearest"]) == ["clip_vit_b32", "aux_inat_bird"] and list(metrics["chance"]) == ["class"]
+    assert metrics["verdicts"]["class"]["aux_inat_bird"] == "worse" and metrics["behind"]
 
 
 def test_01_state_the_logit_bias(record):
     metrics = record("01_state_the_logit_bias")
     assert 0.35 <= metrics["zero_shot"] <= 0.75, "the embedded world is a fair miniature"
     assert abs(metrics["zero_shot"] - metrics["zero_shot_val"]) < 0.1
-    assert 0 <= metrics["calibration_error"] <= 1
-    assert max(metrics["error_auroc"].values()) > 0.6
+    calibration, reach = metrics["calibration"], metrics["reach"]
+    field, fitted = calibration["the field's"], calibration["fitted on validation images"]
+    assert field["gap"] == pytest.approx(field["confidence"] - 100 * metrics["zero_shot"], abs=1e-3)
+    assert field["ece"] == pytest.approx(100 * metrics["calibration_error"]) and fitted["ece"] < field["ece"]
+    textures, shapes = metrics["by_word"]["texture"], metrics["by_word"]["shape"]
+    assert (len(textures), len(shapes)) == (6, 12)
+    assert max(textures.values()) - min(textures.values()) > max(shapes.values()) - min(shapes.values())
+    words = [reach[f"{part} wrong"] for part in ("only the texture is", "only the shape is", "both are")]
+    for kind in ("measured", "by chance"):
+        assert sum(row[kind] for row in words) == pytest.approx(100)
+    assert words[0]["measured"] > 50 > words[0]["by chance"], "CLIP errs by texture"
+    assert metrics["median_gap"] > 0 and 0 < metrics["safe"] < 100
     assert metrics["published_rows"] == len((ROOT / "data" / "published.csv").read_text().splitlines()) - 1
+
+
+def test_00_and_01_on_a_bank_of_two_classes_and_nothing_to_repair(record, tmp_path):
+    """Twelve images, one encoder, no validation part, no error: what does not exist is null."""
+    text, labels = torch.eye(2, 6), {"train": torch.arange(4) % 2, "test": torch.arange(12) % 2}
+    noise = torch.Generator().manual_seed(0)
+    rows = {part: text[y] + 0.05 * torch.randn(len(y), 6, generator=noise) for part, y in labels.items()}
+    parts = {"clip": {"clip_x": rows}, "labels": labels, "text": {"clip_x": text}}
+    bank = features.save_bank(tmp_path / "bank", class_names=["one", "two"], **parts)
+    metrics = record("00_extract_features", dataset=f"features:{bank}")
+    assert metrics["other"] is None and metrics["nearest"] == {"clip_x": {"class": 100.0}}
+    metrics = record("01_state_the_logit_bias", dataset=f"features:{bank}")
+    assert metrics["zero_shot"] == 1 and metrics["errors"] == 0
+    absent = (metrics["zero_shot_val"], metrics["median_gap"], metrics["safe"], metrics["reach"]["its truth is second"])
+    assert absent == (None, None, None, {"measured": None, "by chance": 100.0})
 
 
 def test_02_compare_logit_features(record):
