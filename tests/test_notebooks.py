@@ -141,7 +141,7 @@ def test_02_compare_logit_features_without_a_second_encoder_or_seed(record):
 def test_03_compare_logit_predictors(record):
     metrics = record("03_compare_logit_predictors")
     gain, learned, kept = metrics["gain"], metrics["learned"], metrics["kept"]
-    assert set(gain["clip"]) - set(gain["aux"]) == {"text probe"} and len(gain["clip"]) == 8
+    assert set(gain["clip"]) ^ set(gain["aux"]) == {"text probe", "MLP"} and len(gain["clip"]) == 7
     assert max(gain["clip"].values()) > 3, "two digits of each class help on handwriting"
     assert set(metrics["verdicts"]["aux"]) == set(gain["aux"]) - {"two-branch head"}
     assert {said for part in metrics["verdicts"].values() for said in part.values()} <= {"better", "worse", "tie"}
@@ -151,7 +151,7 @@ def test_03_compare_logit_predictors(record):
     for init, row in metrics["starved"].items():
         alone = metrics["alone"][init]
         assert row["difference"] == pytest.approx(alone["1.0"] - alone["0.0"])
-    assert len(metrics["two_branches"]) == 4 and set(metrics["best_lambda"]) == {"mean", "random"}
+    assert len(metrics["two_branches"]) == 4 and 0 <= metrics["best_lambda"] <= 1
 
 
 @pytest.mark.parametrize("real", [False, True])
