@@ -64,7 +64,8 @@ def read(path: Path) -> dict:
                 output.metadata["book"] = page["figures"][saved[0].stem] = figure(max(saved), heading)
     texts = [o.data["text/markdown"] for c in cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
     page["answer"] = re.sub(r"^\*\*Answer\.\*\*\s*", "", page["answer"] or (texts or [""])[-1]) if record else ""
-    return page | {"cells": book | {"cells": cells}}
+    book.cells = cells
+    return page | {"cells": book}
 
 
 def figure(path: Path, caption: str) -> dict:
@@ -126,7 +127,7 @@ def build(folder: Path, out: Path, figures: Path = ROOT / "figures") -> Path:
         sections = re.findall(r'<h2 id="([^"]*)">(.*?)<a class="anchor-link"', body)
         write(page["name"], "page.html.j2", page=page, body=body, sections=sections, before=before, after=after)
     write("gallery", "gallery.html.j2") if shown else None
-    return write("index", "index.html.j2")
+    return write("index", "contents.html.j2")
 
 
 if __name__ == "__main__":
