@@ -77,23 +77,29 @@ def figure(path: Path, caption: str) -> dict:
 def gallery(folder: Path, pages: list[dict]) -> list[dict]:
     """The gallery's figures, each with its entry of `index.json` and the section of this book that draws it."""
     index = runs.read_json(folder / "index.json") if (folder / "index.json").exists() else {}
-    drawn = {stem: (page, drawing) for page in pages for stem, drawing in page["figures"].items()}
     shown = []
     for path in sorted(folder.glob("*.svg")):
-        page, drawing = drawn.get(path.stem, (None, {"caption": path.stem[3:].replace("_", " ")}))
-        shown.append(figure(path, drawing["caption"]) | {"page": page, "from": index.get(path.stem)})
+        page = next((page for page in pages if page["name"][:2] == path.stem[:2]), None)
+        source = index.get(path.stem, {"notebook": path.stem[:2], "commit": ""})
+        drawing = page["figures"].get(path.stem) if page else None
+        caption = drawing["caption"] if drawing else re.sub(r"^\d+_", "", path.stem).replace("_", " ")
+        about = {"page": page, "group": page["title"] if page else source["notebook"], "commit": source["commit"]}
+        shown.append(figure(path, caption) | about | {"drawn": drawing is not None})
     return shown
 
 
 def polish(html: str, names: set[str]) -> str:
     """A page whose tables scroll inside themselves and whose links lead to pages of the book, or are plain words."""
     html = re.sub(r"<style scoped>.*?</style>", "", html, flags=re.S).replace('<table border="1" ', "<table ")
-    html = re.sub(r"(<table.*?</table>)", r'<div class="scroll" role="region" tabindex="0">\1</div>', html, flags=re.S)
+
+    def table(match: re.Match) -> str:  # 14.1 ± 1.0 is one word
+        return f'<div class="scroll" role="region" tabindex="0">{match[0].replace(" ± ", "&nbsp;±&nbsp;")}</div>'
 
     def link(match: re.Match) -> str:
         name, anchor, words = match.groups()
         return f'<a href="{name}.html{anchor}">{words}</a>' if name in names else words
 
+    html = re.sub(r"<table.*?</table>", table, html, flags=re.S)
     return re.sub(r'<a href="(?:[^"]*/)?(\w+)\.ipynb(#[^"]*)?">(.*?)</a>', link, html, flags=re.S)
 
 
