@@ -62,8 +62,10 @@ def read(path: Path) -> dict:
             saved = [*path.parent.glob(f"[fo][iw][gn]*/{path.stem[:2]}_{name}.[sp][vn]g")]
             if saved:  # the svg, where there is one
                 output.metadata["book"] = page["figures"][saved[0].stem] = figure(max(saved), heading)
-    texts = [o.data["text/markdown"] for c in cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
-    page["answer"] = re.sub(r"^\*\*Answer\.\*\*\s*", "", page["answer"] or (texts or [""])[-1]) if record else ""
+    outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    texts = [data["text/markdown"] for data in outputs if "text/markdown" in data]
+    answer = page["answer"] or (texts or [""])[-1]
+    page["answer"] = re.sub(r"^\*\*Answer\.\*\*\s*", "", answer) if record else ""
     book.cells = cells
     return page | {"cells": book}
 
@@ -71,7 +73,8 @@ def read(path: Path) -> dict:
 def figure(path: Path, caption: str) -> dict:
     """A saved figure with its caption and, for an svg, its size in the page's pixels."""
     size = re.findall(rb'(?:width|height)="([\d.]+)pt"', path.read_bytes()[:1000]) if path.suffix == ".svg" else []
-    return {"path": path, "stem": path.stem, "caption": caption, "size": [round(SCALE * float(points)) for points in size]}
+    size = [round(SCALE * float(points)) for points in size]
+    return {"path": path, "stem": path.stem, "caption": caption, "size": size}
 
 
 def gallery(folder: Path, pages: list[dict]) -> list[dict]:
@@ -83,14 +86,14 @@ def gallery(folder: Path, pages: list[dict]) -> list[dict]:
         source = index.get(path.stem, {"notebook": path.stem[:2], "commit": ""})
         drawing = page["figures"].get(path.stem) if page else None
         caption = drawing["caption"] if drawing else re.sub(r"^\d+_", "", path.stem).replace("_", " ")
-        about = {"page": page, "group": page["title"] if page else source["notebook"], "commit": source["commit"]}
+        about = {"page": page, "group": page["name"] if page else source["notebook"], "commit": source["commit"]}
         shown.append(figure(path, caption) | about | {"drawn": drawing is not None})
     return shown
 
 
 def polish(html: str, names: set[str]) -> str:
     """A page whose tables scroll inside themselves and whose links lead to pages of the book, or are plain words."""
-    html = re.sub(r"<style scoped>.*?</style>", "", html, flags=re.S).replace('<table border="1" ', "<table ")
+    html = re.sub(r"<style scoped.*?</style>", "", html, flags=re.S).replace('<table border="1" ', "<table ")
 
     def table(match: re.Match) -> str:  # 14.1 ± 1.0 is one word
         return f'<div class="scroll" role="region" tabindex="0">{match[0].replace(" ± ", "&nbsp;±&nbsp;")}</div>'
@@ -100,7 +103,7 @@ def polish(html: str, names: set[str]) -> str:
         return f'<a href="{name}.html{anchor}">{words}</a>' if name in names else words
 
     html = re.sub(r"<table.*?</table>", table, html, flags=re.S)
-    return re.sub(r'<a href="(?:[^"]*/)?(\w+)\.ipynb(#[^"]*)?">(.*?)</a>', link, html, flags=re.S)
+    return re.sub(r'<a href="(?:[^"]*/)?(\w+)\.ipynb(#[^"]*|)">(.*?)</a>', link, html, flags=re.S)
 
 
 def build(folder: Path, out: Path, figures: Path = ROOT / "figures") -> Path:
