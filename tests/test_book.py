@@ -45,6 +45,11 @@ def execute(folder: Path, name: str, title: str, finished: bool = True) -> None:
         code('run.save_figure(fig, "gains")', shown("image/png", PNG), tags=("hide-input",)),
         code("display(table)\n" + "x" * 300, shown("text/html", TABLE)),
     ]
+    if not finished:
+        cells.insert(0, nb.new_markdown_cell("An exception", metadata={"tags": ["papermill-error-cell-tag"]}))
+        cells.append(
+            code("1 / 0", nb.new_output("error", ename="E", evalue="?", traceback=["\x1b[31mZeroDivisionError"]))
+        )
     (folder / name / "figures").mkdir(parents=True)
     (folder / name / "figures" / f"{name[:2]}_gains.svg").write_text(SVG)
     nbformat.write(nb.new_notebook(cells=cells), folder / name / f"{name}.ipynb")
@@ -71,6 +76,10 @@ def test_the_first_page_has_each_question_and_answer(book):
     assert "<p>It <em>helps</em>.</p>" in page and "Answer." not in page
     assert "shapes, commit" in page and "12 s" in page
     assert page.count("This run did not finish") == 1 and "appears here" not in page
+    log = (book / "05_tune_amu.html").read_text()
+    assert (
+        "<title>5. Tune AMU</title>" in log and "ZeroDivisionError</span>" in log and "This run did not finish" in log
+    )
 
 
 def test_code_is_folded_and_text_is_not(book):
@@ -131,7 +140,7 @@ def test_a_phone_needs_no_scrolling_aside(book, name, tmp_path):
     inner.write_text(page.replace("</body>", f"{probe}</body>"))
     frame = "<iframe style='width: 400px; height: 900px; border: 0' src=inner.html></iframe>"
     path.write_text(f"<title>?</title><script>onmessage = (e) => document.title = e.data</script>{frame}")
-    options = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,1000 --virtual-time-budget=9000"
+    options = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=999,999 --virtual-time-budget=9000"
     command = [CHROMIUM, *options.split(), f"--user-data-dir={tmp_path}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     environment = os.environ | {"HOME": str(tmp_path)}
     done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, env=environment)

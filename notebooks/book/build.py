@@ -21,6 +21,7 @@ from lib.files import ROOT
 HERE = Path(__file__).parent
 MATHJAX = Path(jupyter_server_mathjax.__file__).parent / "static"
 UNUSED = shutil.ignore_patterns("mathmaps", "localization", "SVG", "MathML", "HTML-CSS-images")  # of MathJax's 12 MB
+ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill wrote
 SCALE = 5 / 3  # pixels of a page for a point of paper: a figure of a page's width, 482 points, fills the column
 
 
@@ -39,8 +40,7 @@ def read(path: Path) -> dict:
     saved are shown from there.
     """
     book = nbformat.read(path, as_version=4)
-    first, *cells = book.cells
-    cells = [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    first, *cells = (cell for cell in book.cells if not ADDED.intersection(cell.metadata.get("tags", [])))
     record = runs.read_json(path.with_name("metrics.json")) if path.with_name("metrics.json").exists() else None
     page = {"name": path.stem, "record": record, "intro": first.source, "figures": {}, "answer": ""}
     page["title"] = first.source.splitlines()[0].lstrip("# ")
