@@ -3,7 +3,7 @@ BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --cores 2 --quiet rules --rerun-triggers mtime
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run test figures bench lab clean
+.PHONY: run book test figures bench lab clean
 .DEFAULT_GOAL := run
 
 $(BIN)/ready: requirements.lock pyproject.toml
@@ -15,6 +15,9 @@ $(BIN)/ready: requirements.lock pyproject.toml
 run: $(BIN)/ready  ## the whole workbook on the embedded default
 	$(SNAKEMAKE)
 	@$(BIN)/python -m lib summary runs
+
+book: run  ## that run and the gallery as pages that read offline: runs/book/index.html
+	$(BIN)/python notebooks/book/build.py runs
 
 test: $(BIN)/ready  ## ruff, then every test, notebooks included
 	$(BIN)/ruff check .

@@ -172,7 +172,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
         return {min(providers[top] & (declared | for_tests) or providers[top]) for top in outside}
 
     paths = [ROOT / name for name in tracked() if name.endswith(".py")]
-    by_library = [path.read_text() for path in paths if path.relative_to(ROOT).parts[0] in ("lib", "data")]
+    by_library = [path.read_text() for path in paths if path.relative_to(ROOT).parts[0] in ("lib", "data", "notebooks")]
     cells = [cell.source for path in NOTEBOOKS for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     used = needed(by_library + [re.sub(r"^[%!].*$", "", cell, flags=re.M) for cell in cells])
     assert used - declared == set(), "imported, not declared"
