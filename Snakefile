@@ -122,7 +122,7 @@ rule first:
     output:
         **outputs(FIRST, FIRST),
     params:
-        command=command(FIRST) if not SWEEP else [],
+        command=lambda wildcards: command(FIRST),
     resources:
         runtime=240,
         mem_mb=8000,

@@ -101,7 +101,8 @@ def write(gathered: pd.DataFrame, folder: Path) -> list[Path]:
 
 def read(path: Path) -> pd.DataFrame:
     """A table that `write` wrote, parquet or csv; a ValueError names columns that are missing."""
-    gathered = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, keep_default_na=False)
+    empty = {"keep_default_na": False, "na_values": {name: [""] for name in ("accuracy", "published")}}
+    gathered = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, **empty)
     if missing := [name for name in COLUMNS if name not in gathered]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; python -m lib results writes such a table")
     return gathered
