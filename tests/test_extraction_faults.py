@@ -42,7 +42,9 @@ def extract(own, cache, **options):
 
 
 def bank(cache) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != ".lock"}
+    return {
+        p.name: p.read_bytes() for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != ".lock"
+    }
 
 
 def count_encoded(patch) -> list[int]:

@@ -1,6 +1,7 @@
 """Sweeps: what a YAML file says is run, whatever dies on the way, and ends in one table."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT
+from small_models import write_folder
 
 from lib import records, sweeps
 
@@ -70,17 +73,17 @@ def sweep(place: Path, text: str) -> str:
     return "sweep.yaml"
 
 
-def start(place: Path, *words: str, **more: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(place)} | more
+def start(place: Path, *words: str, profile: str = "local", **more: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(place), "LOGIT_BIAS_CACHE": str(place / "cache")} | more
     environment.pop("LOGIT_BIAS_RUN", None)
-    command = [sys.executable, "-m", "snakemake", "--profile", "profiles/local", *words]
+    command = [sys.executable, "-m", "snakemake", "--profile", f"profiles/{profile}", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=place, env=environment, **pipes)
 
 
 def snakemake(place: Path, *words: str, **more: str) -> tuple[int, str]:
     process = start(place, *words, **more)
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=1200)
     return process.returncode, output
 
 
@@ -232,3 +235,71 @@ def test_the_report_holds_records_and_figures_under_their_notebook(workbook):
     assert code == 0, said
     page = (workbook / "report.html").read_text()
     assert "01_tiny" in page and "metrics" in page
+
+
+@pytest.mark.stress
+def test_a_sweep_on_a_real_slurm(workbook, tmp_path):
+    if not shutil.which("slurmctld") or not shutil.which("munged") or os.geteuid():
+        pytest.skip("SLURM (Debian's slurm-wlm and munge, started as root) is not on this machine")
+    script = ["sh", str(ROOT / "tests" / "slurm.sh")]
+    if subprocess.run([*script, "start", "2"]).returncode:
+        pytest.skip("SLURM does not start on this machine")
+    try:
+        for name in ("clip", "random"):
+            shutil.copy(ROOT / f"data/embedded/{name}.safetensors", workbook / "data/embedded")
+        images = write_folder(workbook / "own", classes=3, images=200, splits=("train", "test"))
+        extract = f"extract:\n  - {{dataset: 'folder:{images.name}', encoders: ['embedded:random'], jobs: 2}}\n"
+        file = sweep(workbook, GRID.format(a="1, 2", b="1, 2") + extract)
+        faults = inject(workbook, {"1-1": "raise", "2-2": "kill"})
+        words = ("--configfile", file, "--slurm-status-command", "squeue", "--latency-wait", "5")
+        words += ("--default-resources", "cpus_per_task=1")
+        code, output = snakemake(workbook, *words, "--retries", "0", profile="slurm", **faults)
+        assert code != 0 and "2 runs did not finish" in output, output
+        assert "RuntimeError: injected into 1, 1" in output and "Kernel died" in output
+        code, output = snakemake(workbook, *words, profile="slurm", **faults)
+        assert code == 0, output
+        assert len(records.table([workbook / "runs/grid"])) == 4
+        assert len(list((workbook / "runs/grid/extracted").iterdir())) == 2
+        assert len(list((workbook / "cache").rglob("manifest.json"))) == 3, "train, val and test, each once"
+        assert not list((workbook / "cache").rglob("shard-*"))
+    finally:
+        subprocess.run([*script, "stop"], check=True)
+
+
+@pytest.mark.stress
+def test_two_hundred_runs_with_failures_end_in_the_table_of_an_undisturbed_sweep(workbook, tmp_path):
+    grid = GRID.format(a=", ".join(map(str, range(20))), b=", ".join(map(str, range(10))))
+    begin = time.monotonic()
+    code, output = snakemake(workbook, "--configfile", sweep(workbook, grid.replace("runs/grid", "runs/calm")))
+    assert code == 0, output[-3000:]
+    calm = time.monotonic() - begin
+    runs = [f"{a}-{b}" for a in range(20) for b in range(10)]
+    chosen = random.Random(1).sample(runs, 45)
+    kinds = dict(zip(chosen, ["raise", "kill", "full"] * 15, strict=True))
+    faults, file, kills = inject(workbook, kinds), sweep(workbook, grid), 0
+    for killed_at in (30, 80, 130):  # the driver dies when so many runs have finished
+        driver = start(workbook, "--configfile", file, **faults)
+        while len(list((workbook / "runs/grid").rglob("metrics.json"))) < killed_at and driver.poll() is None:
+            time.sleep(0.2)
+        if driver.poll() is None:
+            os.kill(driver.pid, signal.SIGKILL)
+            kills += 1
+        driver.communicate()
+    for _ in range(4):
+        code, output = snakemake(workbook, "--configfile", file, **faults)
+        if code == 0:
+            break
+    assert code == 0, output[-3000:]
+    assert kills == 3 and not list((workbook / "faults").iterdir()), "every fault came about"
+    undisturbed, disturbed = (records.table([workbook / "runs" / name]) for name in ("calm", "grid"))
+    assert len(undisturbed) == 200
+    pd.testing.assert_frame_equal(disturbed, undisturbed)
+    print(f"200 runs in {calm:.0f} s undisturbed; 45 faults and 3 kills of the driver: no row lost")
+
+
+@pytest.mark.stress
+def test_sixteen_runs_that_start_at_once_all_finish(workbook):
+    file = sweep(workbook, GRID.format(a="1, 2, 3, 4", b="1, 2, 3, 4"))
+    code, output = snakemake(workbook, "--configfile", file, "--cores", "16")
+    assert code == 0, output
+    assert len(records.table([workbook / "runs/grid"])) == 16
