@@ -3,7 +3,7 @@ BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --cores 2 --quiet rules --rerun-triggers mtime
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run book test figures bench lab clean
+.PHONY: run book test stress figures bench lab clean
 .DEFAULT_GOAL := run
 
 $(BIN)/ready: requirements.lock pyproject.toml
@@ -22,6 +22,9 @@ book: run  ## that run and the gallery as pages that read offline: runs/book/ind
 test: $(BIN)/ready  ## ruff, then every test, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+stress: $(BIN)/ready  ## the long proofs: hundreds of runs that are killed, a real SLURM, the ends of the scale
+	$(BIN)/python -m pytest -m stress -rs
 
 figures: $(BIN)/ready  ## the gallery: the whole workbook once more at a clean commit, its figures to figures/
 	@test -z "$$(git status --porcelain -- . ':!figures/*.*g' ':!figures/*.json')" || { echo "commit first: figures name the code that drew them"; exit 1; }

@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--lenient", action="store_true", help="leave out parameters that this notebook does not have")
     add = command(_summary, "print the table of the last run of notebook 05")
     add("folder", type=Path, nargs="?", default=Path("runs"))
+    add = command(_results, "gather the records of runs into one table, results.parquet and results.csv")
+    add("folders", type=Path, nargs="*", default=[Path("runs")], help="folders of runs (default: runs)")
+    add("--to", type=Path, help="folder of the table (default: the first of these)")
     add = command(_encoders, "list the encoders by name")
     add("parts", nargs="*", help="show names that contain all of these, such as: timm dino")
     add = command(_datasets, "say which data sets are here, and how to get the others")
@@ -48,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     try:
         options.pop("command")(**options)
-    except ValueError as error:
+    except (ValueError, OSError, runs.RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -82,6 +85,15 @@ def _summary(folder: Path) -> None:
     print(f"hyper-parameters chosen by protocol '{given['protocol']}'\n")
     print(pd.DataFrame(cells).T.sort_index(axis=1).to_string())
     print(f"\nexecuted notebooks and figures: {folder}/NN_name/\n")
+
+
+def _results(folders: list[Path], to: Path | None) -> None:
+    from lib import records
+
+    gathered = records.table(folders)
+    parquet, csv = records.write(gathered, to or folders[0])
+    print(f"{len(gathered)} rows of {gathered['run'].nunique()} runs -> {parquet}, {csv.name}")
+    print("\n".join(f"  {name:13} {what}" for name, what in records.COLUMNS.items()))
 
 
 def _interval(mean: float, half: float | None, **_: object) -> str:

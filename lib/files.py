@@ -99,6 +99,6 @@ def nearest(name: str, names: Iterable[str], count: int = 1) -> str:
     return f"{hint}known: {', '.join(names) if len(names) <= 60 else f'{len(names)} names'}"
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message on one line, at most 300 characters."""
+def one_line(error: BaseException | str) -> str:
+    """A message, or that of an error, on one line, at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,8 @@
 """Runs: parameters checked, notebooks executed by papermill, records written.
 
 A run is a folder with the executed notebook, its figures and `metrics.json`. The record is written last and in one
-step, so a folder without it is a run that did not finish, whatever the notebook inside says of itself.
+step, so a folder without it is a run that did not finish, whatever the notebook inside says of itself: what there is of
+that one lies in `unfinished.ipynb`, and why it ended in `error.txt`. One run at a time has the folder.
 
     python -m lib run 05_tune_amu -p dataset digits -p seeds 5
 """
@@ -9,14 +10,17 @@ step, so a folder without it is a run that did not finish, whatever the notebook
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import json
 import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping, MutableMapping
@@ -25,7 +29,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.files import ROOT, nearest, write_json
+from filelock import FileLock, Timeout
+
+from lib.files import ROOT, locked, nearest, one_line, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +40,14 @@ if TYPE_CHECKING:
 NOTEBOOKS = ROOT / "notebooks"
 VERSIONED = ("torch", "open_clip_torch", "timm", "numpy", "scikit-learn", "papermill")
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+LEAST = {"shots": 1, "seeds": 1, "epochs": 1, "batch_size": 1, "at_once": 1, "bins": 1, "val_shots": 0, "views": 0}
+CHOICES = {"protocol": ("val", "fixed", "oracle"), "precision": ("fp32", "bf16")}
 TIMEOUT_S = 3600  # per cell; a cell that takes longer hangs
+_claims: dict[Path, FileLock] = {}  # folders that this kernel fills by hand
+
+
+class RunFailed(RuntimeError):
+    """A notebook did not finish; the message is one line that says where and why."""
 
 
 def notebook_path(name: str) -> Path:
@@ -67,7 +80,7 @@ def declared(notebook: str) -> dict[str, tuple[type, object]]:
 
 
 def check_parameters(notebook: str, given: Mapping[str, object]) -> dict[str, object]:
-    """All parameters of a run: the given ones, if known and of the declared type, over the defaults."""
+    """All parameters of a run: the given ones, if known, of the declared type and in range, over the defaults."""
     parameters = declared(notebook)
     for name, value in given.items():
         if name not in parameters:
@@ -75,6 +88,10 @@ def check_parameters(notebook: str, given: Mapping[str, object]) -> dict[str, ob
         wanted = parameters[name][0]
         if type(value) is not wanted and (wanted, type(value)) != (float, int):
             raise ValueError(f"{notebook}: {name} must be {wanted.__name__}, not {type(value).__name__} {value!r}")
+        if name in LEAST and value < LEAST[name]:
+            raise ValueError(f"{notebook}: {name} must be at least {LEAST[name]}, not {value}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{notebook}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     return {name: type_(given.get(name, default)) for name, (type_, default) in parameters.items()}
 
 
@@ -117,6 +134,8 @@ class Run:
         record |= {"seconds": round(time.time() - self.started, 1), **facts}
         special = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
         write_json(self.folder / "metrics.json", json.loads(json.dumps(record), parse_constant=special.get))
+        if self.folder in _claims:
+            _claims.pop(self.folder).release()
 
 
 def start(notebook: str, namespace: MutableMapping[str, object]) -> Run:
@@ -137,6 +156,8 @@ def start(notebook: str, namespace: MutableMapping[str, object]) -> Run:
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(os.environ.get("LOGIT_BIAS_RUN") or ROOT / "runs" / "by-hand" / f"{notebook}-{digest}")
     folder.mkdir(parents=True, exist_ok=True)
+    if "LOGIT_BIAS_RUN" not in os.environ:  # otherwise who named the folder holds it
+        _claim(folder)
     for stale in (folder / "metrics.json", *(folder / "figures").glob(f"{notebook[:2]}_*")):
         stale.unlink(missing_ok=True)
     lines = (f"{name} = {value!r}" for name, value in parameters.items())
@@ -144,31 +165,74 @@ def start(notebook: str, namespace: MutableMapping[str, object]) -> Run:
     return Run(notebook, parameters, folder)
 
 
+def _claim(folder: Path) -> None:
+    """Hold the folder of a run by hand until its record is written or its kernel ends."""
+    lock = _claims.setdefault(folder, FileLock(folder / ".lock"))
+    try:
+        if not lock.is_locked:  # a first cell that is run again keeps its folder
+            lock.acquire(blocking=False)
+    except Timeout:
+        del _claims[folder]
+        name = os.path.relpath(folder, ROOT)
+        raise ValueError(f"{name} is in use by another run; end it, or name another folder by LOGIT_BIAS_RUN") from None
+
+
 def execute(notebook: str, parameters: Mapping[str, object], folder: Path, attempts: int = 3) -> dict:
     """Record of a notebook executed headless into a folder; only a kernel that fails to start is started again.
 
-    An unknown or mistyped parameter is refused before anything is touched.
+    An unknown, mistyped or impossible parameter is refused before anything is touched. What a user can put right, a
+    ValueError or OSError inside the notebook, is raised as ValueError, anything else as RunFailed.
     """
-    import papermill
-
     checked = check_parameters(notebook, parameters)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").unlink(missing_ok=True)
     os.environ["LOGIT_BIAS_RUN"] = str(folder.resolve())
     os.environ["LOGIT_BIAS_CWD"] = str(Path.cwd())  # the kernel runs in ROOT; relative paths are the caller's
-    path, output = notebook_path(notebook), folder / f"{notebook}.ipynb"
+    if driver := os.environ.get("LOGIT_BIAS_DRIVER"):
+        threading.Thread(target=_end_with, args=[int(driver)], daemon=True).start()
+    with locked(folder, "--folder"):
+        unfinished, why = folder / "unfinished.ipynb", folder / "error.txt"
+        for stale in (folder / "metrics.json", folder / f"{notebook}.ipynb", unfinished, why):
+            stale.unlink(missing_ok=True)
+        try:
+            _papermill(notebook, checked, unfinished, attempts)
+            if not (folder / "metrics.json").exists():
+                raise RunFailed(f"{notebook} ended without a record; see {unfinished}")
+        except Exception as error:
+            why.write_text(f"{error}\n", encoding="utf-8")
+            raise
+        (folder / "figures").mkdir(exist_ok=True)
+        unfinished.rename(folder / f"{notebook}.ipynb")
+        return read_json(folder / "metrics.json")
+
+
+def _papermill(notebook: str, parameters: Mapping[str, object], output: Path, attempts: int) -> None:
+    """Execute a notebook into `output`; see `execute` for the errors."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    source, target = (re.sub("[{}]", r"\g<0>\g<0>", str(path)) for path in (notebook_path(notebook), output))
     options = {"kernel_name": "python3", "cwd": str(ROOT), "progress_bar": sys.stderr.isatty()}
-    options |= {"execution_timeout": TIMEOUT_S, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    options |= {"execution_timeout": TIMEOUT_S, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
     for attempt in range(1, attempts + 1):
         try:
-            papermill.execute_notebook(str(path), str(output), checked, **options)
-            break
-        except RuntimeError as error:  # nbclient: the kernel died before it replied
+            papermill.execute_notebook(source, target, dict(parameters), **options)  # paths are templates to it
+            return
+        except PapermillExecutionError as error:
+            if issubclass(getattr(builtins, error.ename, Exception), (ValueError, OSError)):
+                raise ValueError(error.evalue) from None
+            raise RunFailed(f"{notebook}: {error.ename}: {one_line(error.evalue)}; see {output}") from None
+        except (RuntimeError, TimeoutError) as error:  # nbclient: a dead kernel, or a cell that took too long
             if "Kernel died before replying" not in str(error) or attempt == attempts:
-                raise
-    if not (folder / "metrics.json").exists():
-        raise RuntimeError(f"{notebook} ended without a record; see {output}")
-    return read_json(folder / "metrics.json")
+                raise RunFailed(f"{notebook}: {one_line(error)}; see {output}") from None
+
+
+def _end_with(driver: int) -> None:
+    """End this process soon after another one, the snakemake that started it; SIGKILL leaves children behind."""
+    while True:
+        try:
+            os.kill(driver, 0)
+        except OSError:
+            os.kill(os.getpid(), signal.SIGTERM)  # the kernel ends when its parent is gone
+        time.sleep(1)
 
 
 def read_json(path: Path) -> dict:

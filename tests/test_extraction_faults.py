@@ -42,7 +42,9 @@ def extract(own, cache, **options):
 
 
 def bank(cache) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in cache.rglob("*") if p.is_file() and p.name != ".lock"}
+    return {
+        p.name: p.read_bytes() for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != ".lock"
+    }
 
 
 def count_encoded(patch) -> list[int]:
@@ -151,6 +153,30 @@ def test_two_processes_make_one_bank(own, tmp_path):
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
+    assert bank(tmp_path / "shared") == bank(tmp_path / "whole")
+
+
+@needs_fork
+def test_processes_share_the_shards_of_one_bank(own, tmp_path, monkeypatch):
+    encode = extraction._encode_shard
+
+    def logged(claim, *rest):
+        encode(claim, *rest)
+        with open(tmp_path / "log", "a") as log:
+            log.write(f"{claim.shard} {os.getpid()}\n")
+        time.sleep(0.2)
+
+    monkeypatch.setattr(extraction, "_encode_shard", logged)
+    children = [FORK.Process(target=extract, args=(own, tmp_path / "shared")) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    shards, workers = zip(*(line.split() for line in (tmp_path / "log").read_text().splitlines()), strict=True)
+    assert sorted(map(int, shards)) == [0, 1, 2, 3, 4], "each shard once"
+    assert len(set(workers)) == 2, "both worked"
+    extract(own, tmp_path / "whole")
     assert bank(tmp_path / "shared") == bank(tmp_path / "whole")
 
 

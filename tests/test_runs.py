@@ -4,6 +4,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import collect
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from lib import __main__ as cli
 from lib import runs
@@ -49,6 +51,71 @@ def test_parameters_are_checked(notebook):
             runs.check_parameters(name, given)
     with pytest.raises(ValueError, match="no notebook '55_none'; known: 98_try"):
         runs.check_parameters("55_none", {})
+
+
+def test_impossible_values_are_refused_before_any_work(notebook, tmp_path):
+    name = notebook(
+        parameters="seeds: int = 3  # n\nepochs: int = 5  # n\nval_shots: int = 4  # n\nprotocol: str = 'val'"
+    )
+    (tmp_path / "metrics.json").write_text("{}")
+    for given, message in [
+        ({"seeds": 0}, "seeds must be at least 1, not 0"),
+        ({"epochs": -1}, "epochs must be at least 1, not -1"),
+        ({"val_shots": -3}, "val_shots must be at least 0, not -3"),
+        ({"protocol": "best"}, "protocol must be one of val, fixed, oracle, not 'best'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            runs.execute(name, given, tmp_path)
+    assert (tmp_path / "metrics.json").exists()
+    assert runs.check_parameters(name, {"seeds": 1, "val_shots": 0})["seeds"] == 1
+
+
+def test_a_users_error_is_one_line_and_the_notebook_tells_more(notebook, tmp_path, capfd):
+    name = notebook("from lib import files\nraise ValueError('support has 3 classes, text has 4')")
+    assert cli.main(["run", name, "--folder", str(tmp_path / "out")]) == 2
+    assert capfd.readouterr().err == "error: support has 3 classes, text has 4\n"
+    assert "ValueError" in (tmp_path / "out" / "unfinished.ipynb").read_text()
+    assert (tmp_path / "out" / "error.txt").read_text() == "support has 3 classes, text has 4\n"
+    name = notebook("1 / 0")
+    assert cli.main(["run", name, "--folder", str(tmp_path / "out")]) == 2
+    printed = capfd.readouterr().err
+    assert printed.startswith("error: 98_try: ZeroDivisionError: division by zero; see ") and printed.count("\n") == 1
+
+
+def test_two_runs_of_one_folder_take_turns(notebook, tmp_path):
+    lines = f"with open({str(tmp_path / 'log')!r}, 'a') as log:\n    log.write(f'{{name}}\\n')"
+    name = notebook(
+        START % str(tmp_path / "out"), lines, "import time\ntime.sleep(1)", lines, "run.record({'name': name})"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from pathlib import Path; from lib import __main__, runs\n"
+        f"runs.NOTEBOOKS = Path({str(tmp_path)!r}); __main__.main(sys.argv[1:])",
+    ]
+    folder = ["--folder", str(tmp_path / "out")]
+    both = [subprocess.Popen([*command, "run", name, "-p", "name", word, *folder], cwd=runs.ROOT) for word in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    order = (tmp_path / "log").read_text().split()
+    assert order in (["a", "a", "b", "b"], ["b", "b", "a", "a"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["name"] == order[-1]
+    assert f'name = \\"{order[-1]}\\"' in (tmp_path / "out" / f"{name}.ipynb").read_text(), "of one run"
+
+
+def test_a_run_by_hand_has_its_folder_until_its_record_is_written(notebook, tmp_path, monkeypatch):
+    name = notebook()
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.delenv("LOGIT_BIAS_RUN", raising=False)
+    run = runs.start(name, {})
+    assert runs.start(name, {}).folder == run.folder, "a first cell that is run again keeps its folder"
+    other = "import sys; from pathlib import Path; from lib import runs\n"
+    other += f"runs.NOTEBOOKS, runs.ROOT = Path({str(tmp_path)!r}), Path({str(tmp_path)!r}); runs.start({name!r}, {{}})"
+    command = [sys.executable, "-c", other]
+    here = str(ROOT)
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    assert done.returncode != 0 and "is in use by another run; end it, or name another folder" in done.stderr
+    run.record({})
+    assert subprocess.run(command, cwd=here, capture_output=True).returncode == 0
 
 
 def test_a_notebook_without_a_parameters_cell_is_refused(notebook, tmp_path):

@@ -5,7 +5,8 @@ precision, the views and the version of this code. While an entry's folder grows
 `shard-00012-SHA256.safetensors`: features [views, m, D] and the row numbers [m] of up to SHARD images, the file's own
 sha256 in its name; one whose content does not match its name is computed again. When no shard is missing they are
 joined into `features.safetensors`, and `manifest.json` is written last. Batches never cross shards: on one device and
-with one batch size, an interrupted run ends with the same bytes as an uninterrupted one.
+with one batch size, an interrupted run ends with the same bytes as an uninterrupted one. Locks are held by shard, so as
+many processes as are started on the same images, on one machine or on several, share the work.
 """
 
 import hashlib
@@ -14,13 +15,16 @@ import math
 import re
 import shutil
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -66,13 +70,20 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.@_-]+", "_", text)[-80:]
 
 
-def cached(jobs: Sequence[Job], make: Callable[[list[Job]], None]) -> list[Entry]:
-    """The entries of `jobs`; those that are missing are handed to `make` while their folders are locked."""
+def cached(jobs: Sequence[Job], make: Callable[[list[Job]], None], shared: bool = False) -> list[Entry]:
+    """The entries of `jobs`; those that are missing are handed to `make`.
+
+    Their folders are locked meanwhile, unless `make` itself shares the work with other processes (`shared`).
+    """
     missing = {job.folder: job for job in jobs if read(job) is None}
     with ExitStack() as stack:
         for folder in sorted(missing):
             stack.enter_context(locked(folder))
         todo = [job for job in missing.values() if read(job) is None]  # another process may have made it
+        for job in todo:
+            (job.folder / "manifest.json").unlink(missing_ok=True)  # of a damaged entry
+        if shared:
+            stack.close()
         if todo:
             make(todo)
     return [read(job) for job in jobs]
@@ -134,41 +145,109 @@ def extract(
     encoders = [load_encoder(job.encoder, device, precision) for job in jobs]
     for job, encoder in zip(jobs, encoders, strict=True):
         _require_room(job.folder, len(images) * views * encoder.dim * 4)
-    count = math.ceil(len(images) / SHARD)
-    missing = [set(range(count)) - set(_shards(job.folder)) for job in jobs]
-    batches = {}
-    for shard in sorted(set().union(*missing)):
-        rows, size = range(len(images))[shard * SHARD :][:SHARD], max(1, batch_size // views)
-        batches[shard] = [rows[start : start + size] for start in range(0, len(rows), size)]
-    order = [batch for group in batches.values() for batch in group]
+    count, size = math.ceil(len(images) / SHARD), max(1, batch_size // views)
+    whole = [set(_shards(job.folder)) for job in jobs]
+    missing = [shard for shard in range(count) if any(shard not in there for there in whole)]
     decoder = _Decoder(images, [e.transform if views == 1 else e.augment for e in encoders], views)
-    generator = torch.Generator()  # the loader would otherwise draw from the caller's
-    loader = DataLoader(decoder, batch_sampler=order, num_workers=num_workers, collate_fn=list, generator=generator)
-    names, done = ", ".join(job.encoder for job in jobs), len(images) - sum(map(len, order))
-    bar = tqdm(total=len(images), initial=done, unit="img", desc=names, disable=None)
-    with closing(batch for batch in loader) as decoded, bar:  # closing ends the worker processes at once
-        for shard, group in batches.items():
-            parts = {i: [torch.empty(views, 0, encoders[i].dim)] for i in range(len(jobs)) if shard in missing[i]}
-            kept: list[int] = []
-            bad: dict[str, str] = {}
-            for batch in group:
-                items = next(decoded)
-                bad |= {images.ids[row]: error for row, error, _ in items if error}
-                if bad and not quarantine:
-                    raise ValueError(_undecodable(bad))
-                rows = [row for row, error, _ in items if not error]
-                kept += rows
-                for i, encoded in parts.items() if rows else ():
-                    inputs = torch.stack([tensors[i] for _, error, tensors in items if not error])
-                    encoded.append(_encode(encoders[i], inputs, [images.ids[row] for row in rows]))
-                bar.update(len(batch))
-            for i, encoded in parts.items():
-                arrays = {"x": torch.cat(encoded, dim=1), "rows": torch.tensor(kept, dtype=torch.int64)}
-                data = save(arrays, {"bad": json.dumps(bad)})
-                path = jobs[i].folder / f"shard-{shard:05d}-{hashlib.sha256(data).hexdigest()}.safetensors"
-                replace_file(path, lambda stream, data=data: stream.write(data))
+    bar = tqdm(total=len(images), unit="img", desc=", ".join(job.encoder for job in jobs), disable=None)
+    bar.update(len(images) - sum(len(_rows(shard, len(images))) for shard in missing))
+    for wait in (False, True):  # first what nobody else works on, then what another process may have left behind
+        claimed: deque[_Claim] = deque()
+        with ExitStack() as stack, bar if wait else nullcontext():
+            batches = _claim(missing, jobs, len(images), size, wait, claimed, stack)
+            generator = torch.Generator()  # the loader would otherwise draw from the caller's
+            options = {"num_workers": num_workers, "collate_fn": list, "generator": generator}
+            loader = DataLoader(decoder, batch_sampler=batches, **options)
+            decoded = stack.enter_context(closing(batch for batch in loader))  # closing ends the workers at once
+            for head in decoded:
+                claim = claimed.popleft()
+                items = chain([head], islice(decoded, len(claim.batches) - 1))
+                _encode_shard(claim, items, jobs, images, encoders, views, quarantine, bar)
     for job, encoder in zip(jobs, encoders, strict=True):
-        _join(job, images, encoder, views, count)
+        with locked(job.folder):
+            if read(job) is None:
+                _join(job, images, encoder, views, count)
+            for lock in job.folder.glob(".shard-*.lock"):
+                lock.unlink(missing_ok=True)
+
+
+@dataclass
+class _Claim:
+    """A shard that this process computes, for the jobs whose lock on it it holds."""
+
+    shard: int
+    locks: dict[int, FileLock]  # by the job's number
+    batches: list[range]  # row numbers
+
+
+def _rows(shard: int, count: int) -> range:
+    return range(count)[shard * SHARD :][:SHARD]
+
+
+def _claim(
+    missing: Iterable[int],
+    jobs: Sequence[Job],
+    count: int,
+    size: int,
+    wait: bool,
+    claimed: deque[_Claim],
+    stack: ExitStack,
+) -> Iterator[range]:
+    """The batches of all shards that can be claimed, each claim put into `claimed` before its first batch is given.
+
+    A shard that another process holds is passed over, or waited for; `stack` releases all claims in the end.
+    """
+    for shard in missing:
+        locks = {}
+        for i, job in enumerate(jobs):
+            lock = FileLock(job.folder / f".shard-{shard:05d}.lock")
+            try:
+                lock.acquire(blocking=wait)
+            except Timeout:
+                continue
+            except NotImplementedError:  # a file system without locks: the same work twice, harmlessly
+                pass
+            stack.callback(lock.release)
+            if any(job.folder.glob(f"shard-{shard:05d}-*")) or (job.folder / "manifest.json").exists():
+                lock.release()
+            else:
+                locks[i] = lock
+        if locks:
+            rows = _rows(shard, count)
+            claimed.append(_Claim(shard, locks, [rows[start : start + size] for start in range(0, len(rows), size)]))
+            yield from claimed[-1].batches
+
+
+def _encode_shard(
+    claim: _Claim,
+    decoded: Iterable[list],
+    jobs: Sequence[Job],
+    images: ImageSplit,
+    encoders: Sequence[Encoder],
+    views: int,
+    quarantine: bool,
+    bar: tqdm,
+) -> None:
+    """Write one shard of each claimed job from decoded batches."""
+    parts: dict[int, list[Tensor]] = {i: [] for i in claim.locks}
+    kept: list[int] = []
+    bad: dict[str, str] = {}
+    for batch, items in zip(claim.batches, decoded, strict=True):
+        bad |= {images.ids[row]: error for row, error, _ in items if error}
+        if bad and not quarantine:
+            raise ValueError(_undecodable(bad))
+        rows = [row for row, error, _ in items if not error]
+        kept += rows
+        for i, encoded in parts.items() if rows else ():
+            inputs = torch.stack([tensors[i] for _, error, tensors in items if not error])
+            encoded.append(_encode(encoders[i], inputs, [images.ids[row] for row in rows]))
+        bar.update(len(batch))
+    for i, encoded in parts.items():
+        x = torch.cat(encoded, dim=1) if encoded else torch.empty(views, 0, encoders[i].dim)
+        data = save({"x": x, "rows": torch.tensor(kept, dtype=torch.int64)}, {"bad": json.dumps(bad)})
+        path = jobs[i].folder / f"shard-{claim.shard:05d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        replace_file(path, lambda stream, data=data: stream.write(data))
+        claim.locks[i].release()
 
 
 @dataclass

@@ -86,7 +86,7 @@ def load_many(
     options = {"views": views, "device": device, "precision": precision, "batch_size": batch_size}
     make = partial(extraction.extract, images=images, num_workers=num_workers, quarantine=quarantine, **options)
     features = []
-    for job, (x, y, manifest) in zip(jobs, extraction.cached(jobs, make), strict=True):
+    for job, (x, y, manifest) in zip(jobs, extraction.cached(jobs, make, shared=True), strict=True):
         bad = tuple(manifest["quarantined"])
         if bad and not quarantine:
             lack = f"the cached features lack {len(bad)} images that could not be decoded (first: {bad[0]})"
