@@ -276,7 +276,7 @@ def draw(table: pd.DataFrame) -> plt.Figure:
         ax.plot([low, high], [y, y], color="k")
         ax.plot(middle, y, "o", color="k")
         ax.plot(row.aim, y, "|", color=figures.GREY, ms=12, mew=1.5)
-        ax.annotate(f"{middle:.2g} x", (middle, y), (0, 7.5), textcoords="offset points", ha="center", fontsize=7)
+        ax.annotate(f"{middle:,.3g} x", (middle, y), (0, 7.5), textcoords="offset points", ha="center", fontsize=7)
         times.plot([row.plain, row.ours], [y, y], "-", color="#bdbdbd", zorder=1)
         for value, ink, form in ((row.plain, "#8c8c8c", "s"), (row.ours, "k", "o"), (row.limit, "k", "|")):
             times.plot(value, y, form, color=ink, ms=9 if form == "|" else 4)
