@@ -254,6 +254,9 @@ def test_06_benchmark_on_a_bank_of_real_features(record, caltech70):
     assert rule["clip"] < rule["aux"], "MobileNet's features win the duels that CLIP's lose"
 
 
+BOTH = ("as they come", "balanced")
+
+
 def test_07_shift_the_distribution(record):
     metrics = record("07_shift_the_distribution")
     places, rivals = {"in distribution", "sketch", "spurious"}, {"gda", "gda/classwise", "amu"}
@@ -268,15 +271,13 @@ def test_07_shift_the_distribution(record):
             assert lost[name][place]["difference"] == pytest.approx(moved), "against zero-shot CLIP's"
     additive, best = metrics["fusions"]["additive"], metrics["fusions"]["additive, best β there"]
     for place in places:
-        assert metrics["regret"][place] == pytest.approx(best[place] - additive[place]) and metrics["regret"][place] >= 0
+        regret = metrics["regret"][place]
+        assert regret == pytest.approx(best[place] - additive[place]) and regret >= 0
     groups = metrics["groups"]
     assert set(groups) == {f"{what}, {how}" for what in ("all", "worst") for how in ("from shapes", *BOTH)}
     for name in rivals | {"zero_shot"}:
         assert all(groups[f"worst, {how}"][name] < groups[f"all, {how}"][name] for how in ("from shapes", *BOTH))
     assert len({groups[f"all, {how}"]["zero_shot"] for how in ("from shapes", *BOTH)}) == 1, "no support, no change"
-
-
-BOTH = ("as they come", "balanced")
 
 
 def test_07_stress_and_new_classes(record):
@@ -302,7 +303,8 @@ def test_07_stress_and_new_classes(record):
 
 
 def test_07_on_a_bank_of_real_features(record, caltech70):
-    metrics = record("07_shift_the_distribution", dataset=f"features:{caltech70}", aux="aux_mobilenet_v2", shifts="auto")
+    real = {"dataset": f"features:{caltech70}", "aux": "aux_mobilenet_v2"}
+    metrics = record("07_shift_the_distribution", shifts="auto", **real)
     assert list(metrics["zero_shot"]) == ["in distribution"] and "caltech70 has no shifted version" in metrics["answer"]
     assert metrics["robustness_lost"] == metrics["groups"] == metrics["lines"] == {}
     assert metrics["batches"]["2"]["gda/classwise"] < metrics["batches"]["70"]["gda/classwise"] - 1, "it breaks"
