@@ -292,14 +292,17 @@ def test_07_stress_and_new_classes(record):
     assert noisy["amu"] < drawn["amu"] and noisy["zero_shot"] == drawn["zero_shot"]
     for row in metrics["supports"].values():
         assert all(row["worst class"][name] < row["balanced"][name] for name in drawn)
-    as_is, centred = metrics["base_to_new"]["as it is"], metrics["base_to_new"]["centred"]
+    as_is, levelled = metrics["base_to_new"]["as it is"], metrics["base_to_new"]["levelled"]
+    clip = as_is["zero_shot"]
     assert set(as_is) == {"zero_shot", "gda", "amu", "clip_adapter"}, "what looks at its batch is left out"
     for name in ("gda", "amu"):
-        assert as_is[name]["new"] == as_is["zero_shot"]["new"] == centred[name]["new"], "a bias has no new logit"
-        assert as_is[name]["base"] == pytest.approx(centred[name]["base"]), "centring moves no base class"
-    assert as_is["clip_adapter"]["new"] != as_is["zero_shot"]["new"], "it moves the image"
-    assert as_is["amu"]["base"] > as_is["zero_shot"]["base"] + 2
-    assert as_is["amu"]["taken"] > centred["amu"]["taken"] and centred["amu"]["H at once"] > as_is["amu"]["H at once"]
+        assert as_is[name]["new"] == clip["new"] == levelled[name]["new"], "a bias has no new logit"
+        assert as_is[name]["base"] == pytest.approx(levelled[name]["base"]), "no base class moves"
+        assert levelled[name]["taken"] == pytest.approx(clip["taken"]), "base or new is left to s0"
+        assert levelled[name]["new at once"] == pytest.approx(clip["new at once"])
+    assert as_is["clip_adapter"]["new"] != clip["new"], "it moves the image"
+    assert as_is["amu"]["base"] > clip["base"] + 2 and levelled["amu"]["H at once"] > clip["H at once"]
+    assert as_is["amu"]["taken"] > 2 * clip["taken"] and as_is["amu"]["H at once"] < levelled["amu"]["H at once"]
 
 
 def test_07_on_a_bank_of_real_features(record, caltech70):
