@@ -264,6 +264,7 @@ def test_07_shift_the_distribution(record):
     assert set(zero_shot) == places and set(gains) == rivals
     assert gains["amu"]["in distribution"]["difference"] > 2 and zero_shot["sketch"] < zero_shot["in distribution"]
     assert {one["verdict"] for row in gains.values() for one in row.values()} <= {"better", "worse", "tie"}
+    assert metrics["auxiliary_heads"]["sketch"] < -3 < metrics["auxiliary_heads"]["spurious"], "unlike CLIP's"
     robust, lost = metrics["robustness"], metrics["robustness_lost"]
     for name in rivals:
         for place in places - {"in distribution"}:
@@ -301,7 +302,7 @@ def test_07_stress_and_new_classes(record):
         assert levelled[name]["taken"] == pytest.approx(clip["taken"]), "base or new is left to s0"
         assert levelled[name]["new at once"] == pytest.approx(clip["new at once"])
     assert as_is["clip_adapter"]["new"] != clip["new"], "it moves the image"
-    assert as_is["amu"]["base"] > clip["base"] + 2 and levelled["amu"]["H at once"] > clip["H at once"]
+    assert as_is["amu"]["base"] > clip["base"] and levelled["amu"]["H at once"] > clip["H at once"]
     assert as_is["amu"]["taken"] > 2 * clip["taken"] and as_is["amu"]["H at once"] < levelled["amu"]["H at once"]
 
 
