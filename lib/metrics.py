@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64
-from scipy import stats
+from scipy import special, stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -20,6 +20,7 @@ Logits = Float[Tensor, "n C"]
 Labels = Int64[Tensor, " n"]  # class index of each image; -1: an image of none of the classes
 Classes = Int64[Tensor, " c"] | None  # predictions are an argmax over these alone (None: all)
 Mask = Bool[Tensor, " n"]
+Values = Sequence[float] | np.ndarray | pd.Series
 
 
 def predictions(logits: Logits, classes: Classes = None) -> Labels:
@@ -42,9 +43,46 @@ def accuracy(logits: Logits, y: Labels, classes: Classes = None) -> float:
     return int(hits.sum()) / len(hits) if len(hits) else math.nan
 
 
-def class_accuracy(logits: Logits, y: Labels) -> Float[Tensor, " C"]:
+def class_accuracy(logits: Logits, y: Labels, classes: Classes = None) -> Float[Tensor, " C"]:
     """Accuracy on each class, rows with y = -1 left out; NaN for a class without images."""
-    return class_means(correct(logits, y)[y >= 0].float(), y[y >= 0], logits.shape[1])
+    return class_means(correct(logits, y, classes)[y >= 0].float(), y[y >= 0], logits.shape[1])
+
+
+def balanced_accuracy(logits: Logits, y: Labels, classes: Classes = None) -> float:
+    """Mean accuracy of the classes that have images, each of the same weight; NaN without rows."""
+    return class_accuracy(logits, y, classes).nanmean().item()
+
+
+def worst_class(logits: Logits, y: Labels, classes: Classes = None) -> float:
+    """Lowest accuracy of the classes that have images; NaN without rows."""
+    return worst_group(correct(logits, y, classes)[y >= 0], y[y >= 0])
+
+
+def worst_group(hits: Mask, groups: Int64[Tensor, " n"]) -> float:
+    """Lowest fraction of hits of the groups (numbers from 0) that have rows; NaN without rows."""
+    accuracies = class_means(hits.float(), groups, int(groups.max()) + 1 if len(groups) else 0)
+    return accuracies[~accuracies.isnan()].min().item() if len(accuracies) else math.nan
+
+
+def robustness_line(accuracy: Values, shifted: Values) -> tuple[float, float]:
+    """Slope and intercept of `logit(shifted) = intercept + slope logit(accuracy)`, by least squares over models.
+
+    Accuracies, in distribution and under shift, are in [0, 1]; NaN where fewer than two of the first differ.
+    Source: Taori et al., "Measuring robustness to natural distribution shifts" (arXiv 2007.00644), section 2.
+    """
+    x, y = _logit(accuracy), _logit(shifted)
+    return tuple(map(float, np.polyfit(x, y, 1))) if np.ptp(x) > 0 else (math.nan, math.nan)
+
+
+def effective_robustness(accuracy: Values, shifted: Values, line: tuple[float, float]) -> np.ndarray:
+    """Accuracy under shift beyond what `robustness_line` gives for the accuracy in distribution, in [-1, 1]."""
+    slope, intercept = line
+    return np.asarray(shifted, dtype=float) - special.expit(intercept + slope * _logit(accuracy))
+
+
+def _logit(accuracy: Values) -> np.ndarray:
+    """log(p / (1 - p)); 0 and 1 have none and are taken as 0.001 and 0.999."""
+    return special.logit(np.clip(np.asarray(accuracy, dtype=float), 1e-3, 1 - 1e-3))
 
 
 def class_means(values: Float[Tensor, "n ..."], y: Labels, num_classes: int) -> Float[Tensor, "C ..."]:

@@ -141,3 +141,29 @@ def test_the_papers_rule_takes_what_is_high_in_both():
 def test_count_numbers():
     assert metrics.count_numbers(torch.zeros(3, 4)) == 12
     assert metrics.count_numbers([torch.zeros(3), [torch.zeros(2, 2)]]) == 7 and metrics.count_numbers([]) == 0
+
+
+def test_balanced_accuracy_and_the_worst_class_and_group():
+    logits = torch.eye(3)[[0, 0, 0, 1, 1, 2]]
+    y = torch.tensor([0, 0, 0, 0, 1, -1])
+    assert metrics.accuracy(logits, y) == pytest.approx(0.8)
+    assert metrics.balanced_accuracy(logits, y) == pytest.approx(0.875), "class 2 has no images"
+    assert metrics.worst_class(logits, y) == pytest.approx(0.75)
+    only = torch.tensor([0, 2])  # class 0 is then all right
+    assert metrics.balanced_accuracy(logits, y, only) == 0.5 and metrics.worst_class(logits, y, only) == 0
+    hits = torch.tensor([True, True, False, True, False, False])
+    assert metrics.worst_group(hits, torch.tensor([0, 0, 0, 5, 5, 5])) == pytest.approx(1 / 3), "empty groups are none"
+    nothing = torch.full((6,), -1)
+    assert all(math.isnan(one(logits, nothing)) for one in (metrics.balanced_accuracy, metrics.worst_class))
+
+
+def test_effective_robustness_is_the_distance_from_the_line_of_models():
+    odds = np.array([0.25, 1.0, 4.0])
+    accuracy, shifted = odds / (1 + odds), 0.5 * odds**2 / (1 + 0.5 * odds**2)
+    line = metrics.robustness_line(accuracy, shifted)
+    assert line == pytest.approx((2, math.log(0.5)))
+    assert metrics.effective_robustness(accuracy, shifted, line) == pytest.approx(0, abs=1e-12)
+    above = metrics.effective_robustness(accuracy, shifted + 0.03, line)
+    assert above == pytest.approx(0.03), "points of accuracy, not of its logit"
+    assert np.isfinite(metrics.effective_robustness([0.0, 1.0], [1.0, 0.0], line)).all()
+    assert np.isnan(metrics.robustness_line([0.5, 0.5], [0.2, 0.3])).all(), "one accuracy gives no line"

@@ -26,6 +26,13 @@ SMALL = {
         "epochs": 8,
         "only": "tip_adapter,gda,clap,lp_plus_plus",
     },
+    "07_shift_the_distribution": {
+        "shifts": "shapes-sketch,shapes-spurious",
+        "only": "gda,gda/classwise,amu",
+        "shots": 4,
+        "seeds": 2,
+        "epochs": 4,
+    },
     "11_run_one_method": {"dataset": "digits", "method": "gda", "shots": 4, "seeds": 2},
 }
 
@@ -246,6 +253,79 @@ def test_06_benchmark_on_a_bank_of_real_features(record, caltech70):
     assert ours["zero_shot"]["1"] == pytest.approx(94.46, abs=0.01)
     assert ours["clap"]["1"] > 94.46 and ours["aux_only"]["1"] < 90
     assert rule["clip"] < rule["aux"], "MobileNet's features win the duels that CLIP's lose"
+
+
+BOTH = ("as they come", "balanced")
+
+
+def test_07_shift_the_distribution(record):
+    metrics = record("07_shift_the_distribution")
+    places, rivals = {"in distribution", "sketch", "spurious"}, {"gda", "gda/classwise", "amu"}
+    zero_shot, gains = metrics["zero_shot"], metrics["gains"]
+    assert set(zero_shot) == places and set(gains) == rivals
+    assert gains["amu"]["in distribution"]["difference"] > 2 and zero_shot["sketch"] < zero_shot["in distribution"]
+    assert {one["verdict"] for row in gains.values() for one in row.values()} <= {"better", "worse", "tie"}
+    assert metrics["auxiliary_heads"]["sketch"] < -3 < metrics["auxiliary_heads"]["spurious"], "unlike CLIP's"
+    robust, lost = metrics["robustness"], metrics["robustness_lost"]
+    for name in rivals:
+        for place in places - {"in distribution"}:
+            moved = robust[name][place] - robust["zero_shot"][place]
+            assert lost[name][place]["difference"] == pytest.approx(moved), "against zero-shot CLIP's"
+    additive, best = metrics["fusions"]["additive"], metrics["fusions"]["additive, best β there"]
+    for place in places:
+        regret = metrics["regret"][place]
+        assert regret == pytest.approx(best[place] - additive[place]) and regret >= 0
+    groups = metrics["groups"]
+    assert set(groups) == {f"{what}, {how}" for what in ("all", "worst") for how in ("from shapes", *BOTH)}
+    for name in rivals | {"zero_shot"}:
+        assert all(groups[f"worst, {how}"][name] < groups[f"all, {how}"][name] for how in ("from shapes", *BOTH))
+    assert len({groups[f"all, {how}"]["zero_shot"] for how in ("from shapes", *BOTH)}) == 1, "no support, no change"
+
+
+def test_07_stress_and_new_classes(record):
+    metrics = record("07_shift_the_distribution")
+    batches = metrics["batches"]
+    assert list(batches) == ["2", "7", "18", "36", "72"]
+    for name in ("gda", "amu"):
+        assert len({round(row[name], 9) for row in batches.values()}) == 1, "row-wise: the batch does not matter"
+        assert batches["2"][name] == pytest.approx(metrics["gains"][name]["in distribution"]["difference"])
+    assert batches["2"]["gda/classwise"] != batches["72"]["gda/classwise"]
+    drawn, noisy = (metrics["supports"][name]["accuracy"] for name in ("as drawn", "40% wrong"))
+    assert noisy["amu"] < drawn["amu"] and noisy["zero_shot"] == drawn["zero_shot"]
+    for row in metrics["supports"].values():
+        assert all(row["worst class"][name] < row["balanced"][name] for name in drawn)
+    as_is, levelled = metrics["base_to_new"]["as it is"], metrics["base_to_new"]["levelled"]
+    clip = as_is["zero_shot"]
+    assert set(as_is) == {"zero_shot", "gda", "amu", "clip_adapter"}, "what looks at its batch is left out"
+    for name in ("gda", "amu"):
+        assert as_is[name]["new"] == clip["new"] == levelled[name]["new"], "a bias has no new logit"
+        assert as_is[name]["base"] == pytest.approx(levelled[name]["base"]), "no base class moves"
+        assert levelled[name]["taken"] == pytest.approx(clip["taken"]), "base or new is left to s0"
+        assert levelled[name]["new at once"] == pytest.approx(clip["new at once"])
+    assert as_is["clip_adapter"]["new"] != clip["new"], "it moves the image"
+    assert as_is["amu"]["base"] > clip["base"] and levelled["amu"]["H at once"] > clip["H at once"]
+    assert as_is["amu"]["taken"] > 2 * clip["taken"] and as_is["amu"]["H at once"] < levelled["amu"]["H at once"]
+
+
+def test_07_on_a_bank_of_real_features(record, caltech70):
+    real = {"dataset": f"features:{caltech70}", "aux": "aux_mobilenet_v2"}
+    metrics = record("07_shift_the_distribution", shifts="auto", **real)
+    assert list(metrics["zero_shot"]) == ["in distribution"] and "caltech70 has no shifted version" in metrics["answer"]
+    assert metrics["robustness_lost"] == metrics["groups"] == metrics["lines"] == {}
+    assert metrics["batches"]["2"]["gda/classwise"] < metrics["batches"]["70"]["gda/classwise"] - 1, "it breaks"
+    assert metrics["base_to_new"]["as it is"]["zero_shot"]["H"] > 94
+
+
+def test_07_on_two_classes_and_one_draw(record, tmp_path):
+    text, generator = torch.eye(2, 6), torch.Generator().manual_seed(0)
+    labels = {part: torch.arange(size) % 2 for part, size in (("train", 8), ("val", 8), ("test", 20))}
+    rows = {part: text[y] + 0.5 * torch.randn(len(y), 6, generator=generator) for part, y in labels.items()}
+    parts = {"clip": {"clip_x": rows}, "labels": labels, "text": {"clip_x": text}}
+    bank = features.save_bank(tmp_path / "bank", class_names=["one", "two"], **parts)
+    metrics = record("07_shift_the_distribution", dataset=f"features:{bank}", shifts="auto", seeds=1)
+    assert metrics["base_to_new"] == {} and list(metrics["batches"]) == ["2"]
+    assert metrics["gains"]["amu"]["in distribution"]["half"] is None, "one draw, no interval"
+    assert {row["verdict"] for one in metrics["gains"].values() for row in one.values()} == {"–"}
 
 
 def test_11_run_one_method(record, tmp_path):

@@ -30,6 +30,7 @@ ORDER = [
     "features.load",
     "features",
     "tasks",
+    "stress",
     "metrics",
     "statistics",
     "fusion",
@@ -167,7 +168,7 @@ def test_lib_imports_no_script_of_data():
 
 def test_lib_stays_thin():
     lines = {name: len(path.read_text().splitlines()) for name, path in LIB.items()}
-    assert sum(lines.values()) < 5450
+    assert sum(lines.values()) < 5600
     assert {name: count for name, count in lines.items() if count > 330} == {}
     assert sum(lines[name] for name in READ_FIRST) < 1500
 
