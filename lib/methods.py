@@ -4,7 +4,7 @@
 
 A method is a triple, features x predictor x fusion, and an entry of `METHODS`. `build("amu", beta=2.0)` gives a
 `Method` with `fit(task)` and `logits(split)`; `build("gda/gated", features="aux")` one that nobody published, from any
-predictor of `PREDICTORS` and any rule of `fusion.FUSIONS`. Three protocols say how hyper-parameters are chosen:
+predictor of `PREDICTORS` and any rule of `fusion.ALL`. Three protocols say how hyper-parameters are chosen:
 
     val     on the validation images (default)
     fixed   not at all: the published constants
@@ -112,6 +112,17 @@ METHODS: dict[str, Entry] = {
             "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6), "beta": steps(0.1, 5.0, 20, 1.0)}),
     "transclip": Entry("TransCLIP", predictors.TransCLIP, fusion.replace,
         "arXiv 2406.01837; repository MaxZanella/transduction-for-vlms", post_grid={"gamma": (0.002, 0.01, 0.02, 0.2)}),
+    "ss_text": Entry("SS-Text", predictors.SSText, fusion.replace, "repository jusiro/SS-Text at 845ba01"),
+    "dmn_static": Entry("DMN, static", predictors.StaticMemory, fusion.additive,
+        "arXiv 2403.17589; repository YBZh/DMN; our grid", post_grid={"beta": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}),
+    "prompt_weights": Entry("Weighted prompts", predictors.WeightedPrompts, fusion.replace,
+        "arXiv 2412.11375, its image-guided text", fit_grid={"sharpness": (0.0, 1.0, 5.0, 20.0, 50.0, 100.0)}),
+    "timo": Entry("TIMO", predictors.TIMO, fusion.replace, "arXiv 2412.11375; grid of GDA",
+        post_grid={"weight": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
+    "frolic_prior": Entry("Frolic's prior", predictors.ClassPrior, fusion.additive, "arXiv 2410.19294"),
+    "stat_a": Entry("StatA", predictors.StatA, fusion.replace, "arXiv 2501.03729; repository MaxZanella/StatA"),
+    "zlap": Entry("ZLaP", predictors.ZLaP, fusion.replace, "arXiv 2404.04072; repository vladan-stojnic/ZLaP"),
+    "tda": Entry("TDA", predictors.TDA, fusion.additive, "arXiv 2403.18293; repository kdiAAA/TDA"),
     "aux_only": Entry("Auxiliary only", predictors.MultiBranchHead, fusion.replace,
         "AMU-Tuning, table 2 (superiority)", defaults={"lam": 0.0}),
     "amu": Entry("AMU-Tuning", predictors.MultiBranchHead, fusion.uncertain, "arXiv 2404.08958, eq. 6-11",
@@ -130,7 +141,9 @@ PREDICTORS: dict[str, type[predictors.Predictor]] = {
     "similar_caches": predictors.SimilarCaches, "ape": predictors.APE, "proker": predictors.ProKeR,
     "clip_adapter": predictors.CLIPAdapter, "taskres": predictors.TaskRes, "text_probe": predictors.TextProbe,
     "cross_modal": predictors.CrossModal, "lp_plus_plus": predictors.LPPlusPlus, "m_adapter": predictors.MAdapter,
-    "transclip": predictors.TransCLIP,
+    "transclip": predictors.TransCLIP, "ss_text": predictors.SSText, "static_memory": predictors.StaticMemory,
+    "prompt_weights": predictors.WeightedPrompts, "timo": predictors.TIMO, "class_prior": predictors.ClassPrior,
+    "stat_a": predictors.StatA, "zlap": predictors.ZLaP, "tda": predictors.TDA,
 }
 # fmt: on
 ANY_BETA = tuple(10 ** (i / 4) for i in range(-12, 13))  # biases of all sizes meet all rules in a factorial
@@ -212,19 +225,19 @@ def choose(
 
 
 def build(name: str, protocol: str = "val", **fixed_params: object) -> Method:
-    """A method by name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.FUSIONS`.
+    """A method by name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.ALL`.
 
     `fixed_params` hold hyper-parameters at a value, which are then not chosen. Unknown names raise a ValueError.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     predictor, slash, rule = name.partition("/")
-    parts = ((predictor, PREDICTORS, "predictor"), (rule, fusion.FUSIONS, "fusion"))
+    parts = ((predictor, PREDICTORS, "predictor"), (rule, fusion.ALL, "fusion"))
     for part, table, what in parts if slash else ((name, METHODS, "method"),):
         if part not in table:
             raise ValueError(f"no {what} {part!r}; {nearest(part, table)}")
-    grid = {"beta": ANY_BETA} if slash and "beta" in fusion.FUSIONS[rule].defaults else {}
-    entry = Entry(name, PREDICTORS[predictor], fusion.FUSIONS[rule], "ours", post_grid=grid) if slash else METHODS[name]
+    grid = {"beta": ANY_BETA} if slash and "beta" in fusion.ALL[rule].defaults else {}
+    entry = Entry(name, PREDICTORS[predictor], fusion.ALL[rule], "ours", post_grid=grid) if slash else METHODS[name]
     for key in fixed_params:
         if key not in entry.arguments():
             raise ValueError(f"{name} has no hyper-parameter {key!r}; {nearest(key, entry.arguments())}")

@@ -59,6 +59,7 @@ class FewShotTask:
     name: str = "arrays"
     views: tuple[Split, ...] = ()  # augmented renderings of the support, row for row
     rows: Int64[Tensor, " n"] | None = None  # the support's rows in the training part, ascending; None from arrays
+    prompts: Float[Tensor, "C P D"] | None = None  # unit rows of each class's prompts; None where they are not apart
 
     @property
     def num_classes(self) -> int:
@@ -76,6 +77,7 @@ class FewShotTask:
         val: Arrays | None,
         test: Arrays,  # may have labels -1 and `classes`, see `Split`
         text: Any = None,  # one row per class; without it, `classnames` or `num_classes` is needed
+        prompts: Any = None,  # beside text, one row per prompt; every class has as many
         classnames: Sequence[str] | None = None,
         num_classes: int | None = None,
         seed: int = 0,
@@ -89,6 +91,7 @@ class FewShotTask:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"{name}: text, classnames or num_classes must give one number of classes, not {sizes}")
         names = tuple(classnames or (f"class {c}" for c in range(max(sizes.values()))))
+        apart = None if prompts is None else _unit_prompts(prompts, text, name)
         arrays = {"support": support, "test": test} | ({} if val is None else {"val": val})
         arrays |= {f"view {i}": view for i, view in enumerate(views)}
         with_aux = any("aux" in part for part in arrays.values())
@@ -105,7 +108,8 @@ class FewShotTask:
         for part, view in parts.items():
             if not torch.equal(view.y, support.y):
                 raise ValueError(f"{name}: {part} has other labels than the support, whose rows it must follow")
-        return cls(support, val, test, text, names, int(counts.max()), seed, name, tuple(parts.values()))
+        views = tuple(parts.values())
+        return cls(support, val, test, text, names, int(counts.max()), seed, name, views, prompts=apart)
 
     def for_tuning(self, protocol: str) -> "FewShotTask":
         """The copy, without test part, that a method may learn from and choose on: `val` leaves val, `fixed` nothing.
@@ -208,6 +212,8 @@ def load_source(
         shared = {key: options[key] for key in ("device", "precision", "cache") if key in options}
         text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
         text, prints["text"] = replace(text, x=_unit(text.x, f"{dataset}: text features")), text.fingerprint
+        apart = None if text.prompts is None else _unit_prompts(text.prompts, text.x, dataset)
+        text = replace(text, prompts=apart)
     codes = [getattr(one, "codes", ()) for one in (card, test_card)]
     classnames = [parts[part][0].classnames for part in ("train", "test")]
     class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
@@ -237,7 +243,8 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     views = tuple(source.split("views", rows, view) for view in range(num_views))
     name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
     support, rows = source.split("train", rows), rows.sort().values
-    return FewShotTask(support, val, source.test, source.text and source.text.x, names, shots, seed, name, views, rows)
+    text, prompts = (source.text.x, source.text.prompts) if source.text else (None, None)
+    return FewShotTask(support, val, source.test, text, names, shots, seed, name, views, rows, prompts)
 
 
 def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
@@ -284,6 +291,18 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
         if wrong.any():
             raise ValueError(f"{what}: {int(wrong.sum())} of {len(x)} rows {fault}")
     return x / norms
+
+
+def _unit_prompts(values: Any, text: Tensor | None, name: str) -> Float[Tensor, "C P D"]:
+    """The rows of each class's prompts, of length 1, checked against the class texts."""
+    parts = [_unit(part, f"{name}: prompts of class {c}") for c, part in enumerate(values)]
+    counts, dims = [len(part) for part in parts], {part.shape[1] for part in parts}
+    if text is None or (len(parts), dims) != (len(text), {text.shape[1]}):
+        has = "there are no text features" if text is None else f"text features are {list(text.shape)}"
+        raise ValueError(f"{name}: prompts are of {len(parts)} classes in {sorted(dims)} dimensions, {has}")
+    if min(counts) < max(counts):
+        raise ValueError(f"{name}: every class needs as many prompts, but they have {min(counts)} to {max(counts)}")
+    return torch.stack(parts)
 
 
 def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:
