@@ -295,13 +295,11 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
 
 def _unit_prompts(values: Any, text: Tensor | None, name: str) -> Float[Tensor, "C P D"]:
     """The rows of each class's prompts, of length 1, checked against the class texts."""
-    parts = [_unit(part, f"{name}: prompts of class {c}") for c, part in enumerate(values)]
-    counts, dims = [len(part) for part in parts], {part.shape[1] for part in parts}
-    if text is None or (len(parts), dims) != (len(text), {text.shape[1]}):
-        has = "there are no text features" if text is None else f"text features are {list(text.shape)}"
-        raise ValueError(f"{name}: prompts are of {len(parts)} classes in {sorted(dims)} dimensions, {has}")
-    if min(counts) < max(counts):
-        raise ValueError(f"{name}: every class needs as many prompts, but they have {min(counts)} to {max(counts)}")
+    parts, shape = [_unit(part, f"{name}: prompts") for part in values], list(text.shape) if text is not None else None
+    shapes = sorted({tuple(part.shape) for part in parts})
+    if len(shapes) > 1 or [len(parts), shapes[0][1]] != shape:
+        has = f"prompts of {len(parts)} classes are {' or '.join(map(str, shapes))}, text features {shape}"
+        raise ValueError(f"{name}: {has}; every class needs the same number, in the dimensions of its text")
     return torch.stack(parts)
 
 

@@ -32,7 +32,9 @@ def class_sums(values: Float[Tensor, "n m"], counts: Int64[Tensor, " C"]) -> Flo
     return values.new_zeros(n, classes).index_add(1, torch.arange(classes).repeat_interleave(counts), values)
 
 
-def kernel(affinity: Float[Tensor, "n m"], sharpness: float, log_weight: Tensor | float = 0.0) -> Float[Tensor, "n m"]:
+def kernel(
+    affinity: Float[Tensor, "*n m"], sharpness: float, log_weight: Tensor | float = 0.0
+) -> Float[Tensor, "*n m"]:
     """exp(-sharpness (1 - affinity) + log_weight), in one pass over the affinity."""
     return torch.add(torch.as_tensor(log_weight - sharpness), affinity, alpha=sharpness).exp_()
 

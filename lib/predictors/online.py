@@ -43,6 +43,7 @@ class TDA(Predictor):
 
     def fit(self, task: FewShotTask) -> TDA:
         self.check(task)
+        task.support.features(self.features)  # refuses an unknown kind
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
@@ -53,10 +54,8 @@ class TDA(Predictor):
         masks = ((p > self.possible[0]) & (p < self.possible[1])).float()
         entropy = torch.cat([entropy, torch.tensor([torch.inf])])
         caches = [torch.full((p.shape[1], size), n) for size in (self.size, self.negative_size)]  # rows; n: none yet
-        stream = (
-            torch.randperm(n, generator=torch.Generator().manual_seed(self.order)) if self.order else torch.arange(n)
-        )
-        for row in stream.tolist():
+        generator = torch.Generator().manual_seed(self.order)
+        for row in torch.randperm(n, generator=generator).tolist() if self.order else range(n):
             for cache, offered in zip(caches, offers[row], strict=True):
                 place = entropy[cache[y[row]]].argmax()
                 if offered and entropy[row] < entropy[cache[y[row], place]]:

@@ -114,7 +114,10 @@ class Mixture(Predictor):
         prior *= self.lam if self.lam is not None else 0.5 if len(self.support_) else 1.0
         graph, from_support = self._graph(x)
         for round_ in range(11):
-            likelihood = self.likelihood(x, mean, variance)
+            scaled = mean / variance
+            likelihood = torch.addmm((mean * scaled).sum(1), x, scaled.T, beta=-0.5)
+            if variance.ndim > 1:  # else all classes share this term
+                likelihood -= x.square() @ (0.5 / variance).T
             for _ in range(5):
                 log_z = torch.sparse.mm(graph, z).add_(from_support).mul_(25 / self.neighbours)
                 log_z.add_(likelihood).div_(50).add_(prior)
@@ -122,11 +125,6 @@ class Mixture(Predictor):
             if round_ < 10:
                 mean, variance = self.statistics(x, z)
         return log_z
-
-    def likelihood(self, x: Float[Tensor, "n D"], mean: Float[Tensor, "C D"], variance: Tensor) -> Float[Tensor, "n C"]:
-        """l without what all classes share."""
-        scaled = mean / variance
-        return torch.addmm((mean * scaled).sum(1), x, scaled.T, beta=-0.5)
 
     def _graph(self, x: Float[Tensor, "n D"]) -> tuple[Tensor, Float[Tensor, "n C"]]:
         """w_ij + w_ji between images of the split, sparse, and the sum over the support of w_ji z_j of each image."""
@@ -189,9 +187,9 @@ class StatA(Mixture):
 
         mu_c = unit(b_c unit(S_c) + (1 - b_c) t_c),    v_c = b_c V_c + (1 - b_c) (v_0 + (t_c - mu_c)^2)
 
-    b_c = n_c / (alpha + n_c), n_c the images of which c is the likeliest class; S_c and V_c are the sum of the images
-    and their mean square distance to mu_c, weighted by z; v_0 is the mean square distance to the texts at the start. No
-    label enters. (The released code divides v_0 once per 2,500 images instead of once.)
+    b_c = n_c / (alpha + n_c), n_c the images of which c is the likeliest class; S_c is the sum of the images and V_c
+    their mean square distance to mu_c, weighted by z; v_0 is that to the texts, over all classes at the start. No label
+    enters. (The released code divides v_0 once per 2,500 images instead of once.)
 
     Source: StatA (arXiv 2501.03729); repository MaxZanella/StatA at 0138fd9, the formula alone.
     """
@@ -208,9 +206,6 @@ class StatA(Mixture):
     def start(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor]:
         self.start_ = _spread(x, z, self.text_).mul(z.sum(0)[:, None]).sum(0) / len(x)
         return self.text_, self.start_.expand_as(self.text_)
-
-    def likelihood(self, x: Float[Tensor, "n D"], mean: Float[Tensor, "C D"], variance: Tensor) -> Float[Tensor, "n C"]:
-        return super().likelihood(x, mean, variance) - x.square() @ (0.5 / variance).T
 
     def statistics(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor]:
         images = torch.bincount(z.argmax(1), minlength=z.shape[1])[:, None].float()
@@ -232,8 +227,8 @@ class ClassPrior(Predictor):
 
         bias = -log pi,    pi = P pi,    P_jk the mean of softmax_j(s0) over the images predicted as k
 
-    From 1 / C, `steps` times. An empty column counts nothing, so a class that no image is predicted as ends near 0 and
-    gains much: made for splits in which all classes are present. The released script adds this to an ensemble.
+    Found from 1 / C by applying P, `steps` times. A class that no image is predicted as has an empty column, ends near
+    0 and gains much: made for splits that hold all classes. The released script adds this to an ensemble.
 
     Source: Frolic (arXiv 2410.19294); repository zhuhsingyuu/Frolic at d276403, `main_zeroshot.py`.
     """
@@ -241,28 +236,19 @@ class ClassPrior(Predictor):
     needs_text: ClassVar[bool] = True
     per_batch: ClassVar[bool] = True
     features: str = "clip"  # none are read
-    tolerance: float = 1e-3  # change of pi in L1 to stop at, as released
-    steps: int = 100
+    steps: int = 100  # as released; pi moves on slowly
 
     def fit(self, task: FewShotTask) -> ClassPrior:
         self.check(task)
-        task.support.features(self.features)
+        task.support.features(self.features)  # refuses an unknown kind
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
-        return -self.prior(split.zero_shot).clamp_min(1e-12).log().float().expand_as(split.zero_shot)
-
-    def prior(self, zero_shot: Float[Tensor, "n C"]) -> Float[Tensor, " C"]:
-        """pi, which sums to 1."""
-        p = zero_shot.double().softmax(1)
-        matrix = metrics.class_means(p, p.argmax(1), p.shape[1]).nan_to_num(0.0).T
-        pi = p.new_full((p.shape[1],), 1 / p.shape[1])
+        p, classes = split.zero_shot.softmax(1), split.zero_shot.shape[1]
+        matrix, pi = metrics.class_means(p, p.argmax(1), classes).nan_to_num(0.0).T, p.new_full((classes,), 1 / classes)
         for _ in range(self.steps):
-            before, pi = pi, matrix @ pi
-            pi = pi / pi.sum()
-            if (pi - before).abs().sum() < self.tolerance:
-                break
-        return pi
+            pi = normalize(matrix @ pi, p=1, dim=0)
+        return -pi.clamp_min(1e-12).log().expand_as(p)
 
 
 @dataclass(eq=False)
@@ -271,11 +257,11 @@ class ZLaP(Predictor):
 
         Z = (I - alpha W)^-1 Y,    W = D^-1/2 (A + A^T) D^-1/2,    Y one-hot at texts and support images
 
-    A has the cosines of each image to its k nearest images, itself left out after the choice, and to its k nearest
-    texts, to the power gamma; negative ones count 0 and D are its row sums. W has no eigenvalue above 1, so the inverse
-    is the sum of (alpha W)^m, cut where the rest is below 1e-7. The logits are rows of Z, small and positive.
+    A has the cosines of each image to its k nearest images, of which it is itself one and left out afterwards, and to
+    its k nearest texts, to the power gamma; negative ones count 0. The inverse is the sum of all (alpha W)^m, cut where
+    the rest is below 1e-7. The logits are rows of Z, small and positive.
 
-    Source: ZLaP (arXiv 2404.04072); repository vladan-stojnic/ZLaP at 6f5688f, which has no support (`use_support`).
+    Source: ZLaP (arXiv 2404.04072); repository vladan-stojnic/ZLaP at 6f5688f.
     """
 
     clip_only: ClassVar[bool] = True
@@ -285,7 +271,7 @@ class ZLaP(Predictor):
     k: int = 5
     gamma: float = 5.0
     alpha: float = 0.3  # in (0, 1)
-    use_support: bool = True
+    use_support: bool = False  # beside its images the texts, whose edges are made weak by gamma, hardly count
 
     def fit(self, task: FewShotTask) -> ZLaP:
         self.check(task)
@@ -295,8 +281,8 @@ class ZLaP(Predictor):
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         images, classes = torch.cat([self.support_, split.clip]), len(self.text_)
-        labels = one_hot(torch.cat([torch.arange(classes), self.y_]), classes).float()
-        start = torch.cat([labels, labels.new_zeros(len(split), classes)])
+        start = torch.zeros(classes + len(images), classes)
+        start[: classes + len(self.y_)] = one_hot(torch.cat([torch.arange(classes), self.y_]), classes).float()
         graph, z = self.graph(images), start
         for _ in range(math.ceil(math.log(1e-7 * (1 - self.alpha)) / math.log(self.alpha))):
             z = start + self.alpha * torch.sparse.mm(graph, z)
@@ -304,15 +290,15 @@ class ZLaP(Predictor):
 
     def graph(self, images: Float[Tensor, "m D"]) -> Tensor:
         """W, sparse [C + m, C + m], texts first."""
-        classes, n, edges = len(self.text_), len(self.text_) + len(images), []
+        classes, n, columns, weights = len(self.text_), len(self.text_) + len(images), [], []
         for others, first, power in ((self.text_, 0, self.gamma), (images, classes, 1.0)):
             nearest = [(part @ others.T).topk(min(self.k, len(others))) for part in images.split(1024)]
-            cosine, index = (torch.cat(parts) for parts in zip(*nearest, strict=True))
-            i = torch.arange(classes, n)[:, None].expand_as(index)
-            edges.append(torch.stack([i.double(), (index + first).double(), cosine.clamp_min(0).double() ** power]))
-        i, j, weight = torch.cat([edge.flatten(1) for edge in edges], dim=1)
-        i, j, weight = i[i != j].long(), j[i != j].long(), weight[i != j]
-        degree = weight.new_zeros(n).index_add(0, torch.cat([i, j]), weight.repeat(2)).clamp_min(1e-12)
-        weight = weight / (degree[i] * degree[j]).sqrt()
-        places = torch.stack([torch.cat([i, j]), torch.cat([j, i])])
-        return torch.sparse_coo_tensor(places, weight.repeat(2).float(), (n, n), check_invariants=True).coalesce()
+            weights.append(torch.cat([part.values for part in nearest]).clamp_min(0) ** power)
+            columns.append(torch.cat([part.indices for part in nearest]) + first)
+        j, weight = torch.cat(columns, dim=1), torch.cat(weights, dim=1)
+        i = torch.arange(classes, n)[:, None].expand_as(j)
+        i, j, weight = i[i != j], j[i != j], weight[i != j]
+        rows, columns = torch.cat([i, j]), torch.cat([j, i])
+        degree = torch.zeros(n).index_add(0, rows, weight.repeat(2)).clamp_min(1e-12)
+        weight = weight.repeat(2) / (degree[rows] * degree[columns]).sqrt()
+        return torch.sparse_coo_tensor(torch.stack([rows, columns]), weight, (n, n), check_invariants=True).coalesce()
