@@ -91,7 +91,6 @@ class FewShotTask:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"{name}: text, classnames or num_classes must give one number of classes, not {sizes}")
         names = tuple(classnames or (f"class {c}" for c in range(max(sizes.values()))))
-        apart = None if prompts is None else _unit_prompts(prompts, text, name)
         arrays = {"support": support, "test": test} | ({} if val is None else {"val": val})
         arrays |= {f"view {i}": view for i, view in enumerate(views)}
         with_aux = any("aux" in part for part in arrays.values())
@@ -108,8 +107,8 @@ class FewShotTask:
         for part, view in parts.items():
             if not torch.equal(view.y, support.y):
                 raise ValueError(f"{name}: {part} has other labels than the support, whose rows it must follow")
-        views = tuple(parts.values())
-        return cls(support, val, test, text, names, int(counts.max()), seed, name, views, prompts=apart)
+        rest = tuple(parts.values()), None, _unit_prompts(prompts, text, name)
+        return cls(support, val, test, text, names, int(counts.max()), seed, name, *rest)
 
     def for_tuning(self, protocol: str) -> "FewShotTask":
         """The copy, without test part, that a method may learn from and choose on: `val` leaves val, `fixed` nothing.
@@ -211,9 +210,8 @@ def load_source(
     if need_text or not is_bank or card.has_text(clip):
         shared = {key: options[key] for key in ("device", "precision", "cache") if key in options}
         text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
-        text, prints["text"] = replace(text, x=_unit(text.x, f"{dataset}: text features")), text.fingerprint
-        apart = None if text.prompts is None else _unit_prompts(text.prompts, text.x, dataset)
-        text = replace(text, prompts=apart)
+        apart, x = _unit_prompts(text.prompts, text.x, dataset), _unit(text.x, f"{dataset}: text features")
+        text, prints["text"] = replace(text, x=x, prompts=apart), text.fingerprint
     codes = [getattr(one, "codes", ()) for one in (card, test_card)]
     classnames = [parts[part][0].classnames for part in ("train", "test")]
     class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
@@ -293,14 +291,13 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
     return x / norms
 
 
-def _unit_prompts(values: Any, text: Tensor | None, name: str) -> Float[Tensor, "C P D"]:
-    """The rows of each class's prompts, of length 1, checked against the class texts."""
-    parts, shape = [_unit(part, f"{name}: prompts") for part in values], list(text.shape) if text is not None else None
-    shapes = sorted({tuple(part.shape) for part in parts})
-    if len(shapes) > 1 or [len(parts), shapes[0][1]] != shape:
-        has = f"prompts of {len(parts)} classes are {' or '.join(map(str, shapes))}, text features {shape}"
-        raise ValueError(f"{name}: {has}; every class needs the same number, in the dimensions of its text")
-    return torch.stack(parts)
+def _unit_prompts(values: Any, text: Tensor | None, name: str) -> Float[Tensor, "C P D"] | None:
+    """Unit rows of each class's prompts, checked against the class texts."""
+    parts = [_unit(part, f"{name}: prompts") for part in (() if values is None else values)]
+    shapes, expected = sorted({tuple(part.shape) for part in parts}), text if text is None else tuple(text.shape)
+    if parts and (len(shapes) > 1 or (len(parts), shapes[0][1]) != expected):
+        raise ValueError(f"{name}: prompts are {shapes} in {len(parts)} classes, texts {expected}; P must be one")
+    return torch.stack(parts) if parts else None
 
 
 def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:

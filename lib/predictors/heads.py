@@ -228,13 +228,8 @@ class GDA(Predictor):
     def fit(self, task: FewShotTask) -> GDA:
         self.check(task)
         views = task.views or (task.support,)
-        x, y = torch.cat([view.features(self.features) for view in views]), task.support.y.repeat(len(views))
-        return self.fit_rows(x, y, task.num_classes)
-
-    def fit_rows(self, x: Float[Tensor, "n D"], y: Int64[Tensor, " n"], num_classes: int) -> GDA:
-        """The estimate from any rows, at least one of each class."""
-        x = x.double()
-        mean = metrics.class_means(x, y, num_classes)
+        x, y = torch.cat([view.features(self.features) for view in views]).double(), task.support.y.repeat(len(views))
+        mean = metrics.class_means(x, y, task.num_classes)
         centred = x - mean[y]
         scatter, dim = centred.T @ centred, x.shape[1]
         shrinkage = scatter.trace() / (len(x) - 1)
@@ -244,7 +239,7 @@ class GDA(Predictor):
             factor = torch.linalg.cholesky(scatter + shrinkage * torch.eye(dim, dtype=x.dtype))
             precision_mean = dim * torch.cholesky_solve(mean.T, factor).T
         self.weight_ = precision_mean.float()
-        self.intercept_ = (-math.log(num_classes) - (mean * precision_mean).sum(1) / 2).float()
+        self.intercept_ = (-math.log(task.num_classes) - (mean * precision_mean).sum(1) / 2).float()
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:

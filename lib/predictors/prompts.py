@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -58,10 +58,10 @@ class TIMO(WeightedPrompts):
 
     def fit(self, task: FewShotTask) -> TIMO:
         super().fit(task)
-        rows = (self.agreement_[:, :, None] * task.prompts).flatten(0, 1)
         y = torch.arange(task.num_classes).repeat_interleave(task.prompts.shape[1])
-        x, y = torch.cat([rows, task.support.clip]), torch.cat([y, task.support.y])
-        self.gda_ = GDA("clip").fit_rows(x, y, task.num_classes)
+        rows, y = (self.agreement_[:, :, None] * task.prompts).flatten(0, 1), torch.cat([y, task.support.y])
+        x = torch.cat([rows, task.support.clip])
+        self.gda_ = GDA("clip").fit(replace(task, support=Split(x, x, y, x @ self.text_.T), views=()))
         return self
 
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
