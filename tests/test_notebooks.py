@@ -24,7 +24,6 @@ SMALL = {
         "shots": 2,
         "seeds": 2,
         "epochs": 8,
-        "iterations": 100,
         "only": "tip_adapter,gda,clap,lp_plus_plus,tda,timo",
     },
 }
