@@ -110,7 +110,7 @@ class Mixture(Predictor):
     def logits(self, split: Split) -> Float[Tensor, "n C"]:
         x, prior = split.features(self.features), split.zero_shot.log_softmax(1)
         z = prior.exp()
-        mean, variance = self.start(x, z)
+        mean, variance = first = self.start(x, z)
         prior *= self.lam if self.lam is not None else 0.5 if len(self.support_) else 1.0
         graph, from_support = self._graph(x)
         for round_ in range(11):
@@ -123,7 +123,7 @@ class Mixture(Predictor):
                 log_z.add_(likelihood).div_(50).add_(prior)
                 z = log_z.softmax(1)
             if round_ < 10:
-                mean, variance = self.statistics(x, z)
+                mean, variance = self.statistics(x, z, *first)
         return log_z
 
     def _graph(self, x: Float[Tensor, "n D"]) -> tuple[Tensor, Float[Tensor, "n C"]]:
@@ -171,7 +171,7 @@ class TransCLIP(Mixture):
         top = z.topk(min(8, len(z)), dim=0)
         return normalize((top.values[:, :, None] * x[top.indices]).sum(0), dim=1), variance
 
-    def statistics(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor]:
+    def statistics(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"], *_: Tensor) -> tuple[Tensor, Tensor]:
         n, weight = len(x), 50 * self.gamma / max(1, len(self.support_))
         squares = x.norm(dim=0).square() / n + weight * self.support_.norm(dim=0).square()
         sums = z.T @ x / n + weight * self.one_hot_.T @ self.support_
@@ -204,14 +204,16 @@ class StatA(Mixture):
         return self
 
     def start(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor]:
-        self.start_ = _spread(x, z, self.text_).mul(z.sum(0)[:, None]).sum(0) / len(x)
-        return self.text_, self.start_.expand_as(self.text_)
+        variance = (z.sum(0)[:, None] * _spread(x, z, self.text_)).sum(0) / len(x)
+        return self.text_, variance.expand_as(self.text_)
 
-    def statistics(self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"]) -> tuple[Tensor, Tensor]:
+    def statistics(
+        self, x: Float[Tensor, "n D"], z: Float[Tensor, "n C"], text: Float[Tensor, "C D"], start: Float[Tensor, "C D"]
+    ) -> tuple[Tensor, Tensor]:
         images = torch.bincount(z.argmax(1), minlength=z.shape[1])[:, None].float()
         share = images / (self.alpha + images)
-        mean = normalize(share * normalize(z.T @ x, dim=1) + (1 - share) * self.text_, dim=1)
-        anchor = self.start_ + (self.text_ - mean).square()
+        mean = normalize(share * normalize(z.T @ x, dim=1) + (1 - share) * text, dim=1)
+        anchor = start + (text - mean).square()
         return mean, (share * _spread(x, z, mean) + (1 - share) * anchor).clamp_min(1e-12)
 
 
