@@ -35,6 +35,9 @@ STYLES: dict[str, tuple[str, str]] = {
     "taskres": ("#e69f00", ">"), "text_probe": ("#8c6d1f", "1"), "cross_modal": ("#b8902a", "2"),
     "gda": ("#7b3294", "P"), "ape": ("#3fa58a", "*"), "lp_plus_plus": ("#4d4d4d", "X"), "clap": ("#cc79a7", "h"),
     "proker": ("#4f86b8", "d"), "m_adapter": ("#1b9e77", "3"), "transclip": ("#9e5ea8", "4"),
+    "ss_text": ("#a65628", "d"), "prompt_weights": ("#d9b44a", "<"), "timo": ("#5e2a84", "p"),
+    "dmn_static": ("#2f7d5b", "h"), "frolic_prior": ("#b56fb8", "v"), "stat_a": ("#6f3f7a", "^"),
+    "zlap": ("#c79bcf", "s"), "tda": ("#82508f", "D"),
 }
 # fmt: on
 # A predictor looks like the method that made it known.

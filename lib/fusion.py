@@ -190,8 +190,20 @@ def replace(zero_shot: Logits, bias: Logits) -> Logits:
     return bias
 
 
+@Fusion
+def zs_norm(zero_shot: Logits, bias: Logits, beta: float = 1.0) -> Logits:
+    """`s0 + beta * bias` stretched to the range of `s0` in each image: no answer changes, the confidence does.
+
+    Source: ZS-Norm, as SaLS at inference (arXiv 2407.13588); repository Bala93/CLIPCalib at 16afc54.
+    """
+    fused = zero_shot + beta * bias
+    (low, high), (least, most) = (logits.aminmax(dim=-1, keepdim=True) for logits in (fused, zero_shot))
+    return (fused - low) / (high - low).clamp_min(FLOOR) * (most - least) + least
+
+
 RULES = (additive, uncertain, gated, standardised, classwise, wise, dynamic, mixture, replace)
-FUSIONS: dict[str, Fusion] = {rule.name: rule for rule in RULES}
+FUSIONS: dict[str, Fusion] = {rule.name: rule for rule in RULES}  # of which notebook 04 asks who answers better
+ALL: dict[str, Fusion] = FUSIONS | {zs_norm.name: zs_norm}
 
 
 def perception(

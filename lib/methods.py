@@ -4,7 +4,7 @@
 
 A method is a triple, features x predictor x fusion, and an entry of `METHODS`. `build("amu", beta=2.0)` gives a
 `Method` with `fit(task)` and `logits(split)`; `build("gda/gated", features="aux")` one that nobody published, from any
-predictor of `PREDICTORS` and any rule of `fusion.FUSIONS`. Three protocols say how hyper-parameters are chosen:
+predictor of `PREDICTORS` and any rule of `fusion.ALL`. Three protocols say how hyper-parameters are chosen:
 
     val     on the validation images (default)
     fixed   not at all: the published constants
@@ -92,28 +92,33 @@ METHODS: dict[str, Entry] = {
         post_grid={"sharpness": steps(0.1, 12.0, 200, 1.0), "beta": steps(0.1, 5.0, 20, 1.3)}),
     "taskres": Entry("TaskRes", predictors.TaskRes, fusion.replace, "arXiv 2211.10277; repository geekyutao/TaskRes"),
     "text_probe": Entry("Text-initialised probe", predictors.TextProbe, fusion.replace, "arXiv 2312.12730, its ZS-LP"),
-    "cross_modal": Entry("Cross-modal probe", predictors.CrossModal, fusion.replace,
-        "arXiv 2301.06267; repository linzhiqiu/cross_modal_adaptation"),
+    "cross_modal": Entry("Cross-modal probe", predictors.CrossModal, fusion.replace, "arXiv 2301.06267"),
     "gda": Entry("GDA", predictors.GDA, fusion.additive, "arXiv 2402.04087; repository mrflogs/ICLR24",
         defaults={"beta": 0.1}, post_grid={"beta": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
-    "ape": Entry("APE", predictors.APE, fusion.additive,
-        "arXiv 2304.01195; repository yangyangyang127/APE, caltech101.yaml",
+    "ape": Entry("APE", predictors.APE, fusion.additive, "arXiv 2304.01195; its caltech101.yaml",
         post_grid={"gamma": steps(0.0, 1.0, 5, 0.1), "sharpness": steps(0.1, 7.0, 200, 1.0),
             "beta": steps(0.1, 7.0, 20, 1.0)}),
-    "lp_plus_plus": Entry("LP++", predictors.LPPlusPlus, fusion.replace,
-        "arXiv 2404.02285; repository FereshteShakeri/FewShot-CLIP-Strong-Baseline"),
-    "clap": Entry("CLAP", predictors.TextProbe, fusion.replace, "arXiv 2312.12730; repository jusiro/CLAP",
-        defaults={"constraint": "l2"}),
-    "proker": Entry("ProKeR", predictors.ProKeR, fusion.additive,
-        "arXiv 2501.11175; repository ybendou/ProKeR at 035b684, whose grid has 20 values of sharpness",
+    "lp_plus_plus": Entry("LP++", predictors.LPPlusPlus, fusion.replace, "arXiv 2404.02285"),
+    "clap": Entry("CLAP", predictors.TextProbe, fusion.replace, "arXiv 2312.12730", {"constraint": "l2"}),
+    "proker": Entry("ProKeR", predictors.ProKeR, fusion.additive, "arXiv 2501.11175; of its 20 sharpnesses 7",
         fit_grid={"sharpness": steps(0.5, 3.5, 6, 1.0), "penalty": steps(0.001, 1.11, 10, 0.1)}),
     "m_adapter": Entry("M-Adapter", predictors.MAdapter, fusion.additive,
         "arXiv 2405.16591; repository WLuLi/CapS-Adapter; our grid", post_grid={"sharpness": (1.0, 3.0, 5.5, 8.0),
             "gamma": (0.0, 0.25, 0.5, 1.0), "delta": (0.0, 0.3, 0.6), "beta": steps(0.1, 5.0, 20, 1.0)}),
     "transclip": Entry("TransCLIP", predictors.TransCLIP, fusion.replace,
         "arXiv 2406.01837; repository MaxZanella/transduction-for-vlms", post_grid={"gamma": (0.002, 0.01, 0.02, 0.2)}),
-    "aux_only": Entry("Auxiliary only", predictors.MultiBranchHead, fusion.replace,
-        "AMU-Tuning, table 2 (superiority)", defaults={"lam": 0.0}),
+    "ss_text": Entry("SS-Text", predictors.SSText, fusion.replace, "repository jusiro/SS-Text at 845ba01"),
+    "dmn_static": Entry("DMN, static", predictors.StaticMemory, fusion.additive,
+        "arXiv 2403.17589; repository YBZh/DMN; our grid", post_grid={"beta": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}),
+    "prompt_weights": Entry("Weighted prompts", predictors.WeightedPrompts, fusion.replace,
+        "arXiv 2412.11375, its image-guided text", fit_grid={"sharpness": (0.0, 1.0, 5.0, 20.0, 50.0, 100.0)}),
+    "timo": Entry("TIMO", predictors.TIMO, fusion.replace, "arXiv 2412.11375; grid of GDA",
+        post_grid={"weight": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}),
+    "frolic_prior": Entry("Frolic's prior", predictors.ClassPrior, fusion.additive, "arXiv 2410.19294"),
+    "stat_a": Entry("StatA", predictors.StatA, fusion.replace, "arXiv 2501.03729; repository MaxZanella/StatA"),
+    "zlap": Entry("ZLaP", predictors.ZLaP, fusion.replace, "arXiv 2404.04072; repository vladan-stojnic/ZLaP"),
+    "tda": Entry("TDA", predictors.TDA, fusion.additive, "arXiv 2403.18293; repository kdiAAA/TDA"),
+    "aux_only": Entry("Auxiliary only", predictors.MultiBranchHead, fusion.replace, "arXiv 2404.08958", {"lam": 0.0}),
     "amu": Entry("AMU-Tuning", predictors.MultiBranchHead, fusion.uncertain, "arXiv 2404.08958, eq. 6-11",
         defaults={"beta": 5.0}, fit_grid={"lam": (0.2, 0.5, 0.8), "beta": (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)}),
     "amu_convex": Entry("AMU-Tuning (convex)", predictors.ConvexHead, fusion.uncertain,
@@ -130,7 +135,9 @@ PREDICTORS: dict[str, type[predictors.Predictor]] = {
     "similar_caches": predictors.SimilarCaches, "ape": predictors.APE, "proker": predictors.ProKeR,
     "clip_adapter": predictors.CLIPAdapter, "taskres": predictors.TaskRes, "text_probe": predictors.TextProbe,
     "cross_modal": predictors.CrossModal, "lp_plus_plus": predictors.LPPlusPlus, "m_adapter": predictors.MAdapter,
-    "transclip": predictors.TransCLIP,
+    "transclip": predictors.TransCLIP, "ss_text": predictors.SSText, "static_memory": predictors.StaticMemory,
+    "prompt_weights": predictors.WeightedPrompts, "timo": predictors.TIMO, "class_prior": predictors.ClassPrior,
+    "stat_a": predictors.StatA, "zlap": predictors.ZLaP, "tda": predictors.TDA,
 }
 # fmt: on
 ANY_BETA = tuple(10 ** (i / 4) for i in range(-12, 13))  # biases of all sizes meet all rules in a factorial
@@ -212,19 +219,19 @@ def choose(
 
 
 def build(name: str, protocol: str = "val", **fixed_params: object) -> Method:
-    """A method by name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.FUSIONS`.
+    """A method by name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.ALL`.
 
     `fixed_params` hold hyper-parameters at a value, which are then not chosen. Unknown names raise a ValueError.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     predictor, slash, rule = name.partition("/")
-    parts = ((predictor, PREDICTORS, "predictor"), (rule, fusion.FUSIONS, "fusion"))
+    parts = ((predictor, PREDICTORS, "predictor"), (rule, fusion.ALL, "fusion"))
     for part, table, what in parts if slash else ((name, METHODS, "method"),):
         if part not in table:
             raise ValueError(f"no {what} {part!r}; {nearest(part, table)}")
-    grid = {"beta": ANY_BETA} if slash and "beta" in fusion.FUSIONS[rule].defaults else {}
-    entry = Entry(name, PREDICTORS[predictor], fusion.FUSIONS[rule], "ours", post_grid=grid) if slash else METHODS[name]
+    grid = {"beta": ANY_BETA} if slash and "beta" in fusion.ALL[rule].defaults else {}
+    entry = Entry(name, PREDICTORS[predictor], fusion.ALL[rule], "ours", post_grid=grid) if slash else METHODS[name]
     for key in fixed_params:
         if key not in entry.arguments():
             raise ValueError(f"{name} has no hyper-parameter {key!r}; {nearest(key, entry.arguments())}")

@@ -59,6 +59,7 @@ class FewShotTask:
     name: str = "arrays"
     views: tuple[Split, ...] = ()  # augmented renderings of the support, row for row
     rows: Int64[Tensor, " n"] | None = None  # the support's rows in the training part, ascending; None from arrays
+    prompts: Float[Tensor, "C P D"] | None = None  # unit rows of each class's prompts; None where they are not apart
 
     @property
     def num_classes(self) -> int:
@@ -76,6 +77,7 @@ class FewShotTask:
         val: Arrays | None,
         test: Arrays,  # may have labels -1 and `classes`, see `Split`
         text: Any = None,  # one row per class; without it, `classnames` or `num_classes` is needed
+        prompts: Any = None,  # beside text, one row per prompt; every class has as many
         classnames: Sequence[str] | None = None,
         num_classes: int | None = None,
         seed: int = 0,
@@ -105,7 +107,8 @@ class FewShotTask:
         for part, view in parts.items():
             if not torch.equal(view.y, support.y):
                 raise ValueError(f"{name}: {part} has other labels than the support, whose rows it must follow")
-        return cls(support, val, test, text, names, int(counts.max()), seed, name, tuple(parts.values()))
+        rest = tuple(parts.values()), None, _unit_prompts(prompts, text, name)
+        return cls(support, val, test, text, names, int(counts.max()), seed, name, *rest)
 
     def for_tuning(self, protocol: str) -> "FewShotTask":
         """The copy, without test part, that a method may learn from and choose on: `val` leaves val, `fixed` nothing.
@@ -207,7 +210,8 @@ def load_source(
     if need_text or not is_bank or card.has_text(clip):
         shared = {key: options[key] for key in ("device", "precision", "cache") if key in options}
         text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
-        text, prints["text"] = replace(text, x=_unit(text.x, f"{dataset}: text features")), text.fingerprint
+        apart, x = _unit_prompts(text.prompts, text.x, dataset), _unit(text.x, f"{dataset}: text features")
+        text, prints["text"] = replace(text, x=x, prompts=apart), text.fingerprint
     codes = [getattr(one, "codes", ()) for one in (card, test_card)]
     classnames = [parts[part][0].classnames for part in ("train", "test")]
     class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
@@ -237,7 +241,8 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     views = tuple(source.split("views", rows, view) for view in range(num_views))
     name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
     support, rows = source.split("train", rows), rows.sort().values
-    return FewShotTask(support, val, source.test, source.text and source.text.x, names, shots, seed, name, views, rows)
+    text, prompts = (source.text.x, source.text.prompts) if source.text else (None, None)
+    return FewShotTask(support, val, source.test, text, names, shots, seed, name, views, rows, prompts)
 
 
 def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
@@ -284,6 +289,15 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
         if wrong.any():
             raise ValueError(f"{what}: {int(wrong.sum())} of {len(x)} rows {fault}")
     return x / norms
+
+
+def _unit_prompts(values: Any, text: Tensor | None, name: str) -> Float[Tensor, "C P D"] | None:
+    """Unit rows of each class's prompts, checked against the class texts."""
+    parts = [_unit(part, f"{name}: prompts") for part in (() if values is None else values)]
+    shapes, expected = sorted({tuple(part.shape) for part in parts}), text if text is None else tuple(text.shape)
+    if parts and (len(shapes) > 1 or (len(parts), shapes[0][1]) != expected):
+        raise ValueError(f"{name}: prompts are {shapes} in {len(parts)} classes, texts {expected}; P must be one")
+    return torch.stack(parts) if parts else None
 
 
 def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:

@@ -42,7 +42,8 @@ ZERO_SHOT, AUXILIARY = 3.0, 7.0  # how far classes lie apart: of 100 classes zer
 IMPORTED = ("torch", "pandas", "lib", "lib.tasks", "lib.methods", "lib.figures", "lib.runs", "lib.features")
 FULL = {
     **{"classes": 100, "shots": 16, "dim": 1024, "aux_dim": 2048, "test_images": 2000, "epochs": 50, "heads": 15},
-    **{"repeats": 3, "seeds": 3, "only": tuple(methods.METHODS), "photos": 128, "encoder": "timm:resnet50/random"},
+    **{"repeats": 3, "seeds": 3, "photos": 128, "encoder": "timm:resnet50/random"},
+    **{"only": tuple(name for name, entry in methods.METHODS.items() if not entry.predictor.needs_prompts)},
     **{"large_classes": 1000, "large_test": 50000, "threads": os.cpu_count(), "imports": 3, "square": 2048},
 }
 QUICK = FULL | {

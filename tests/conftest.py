@@ -49,6 +49,7 @@ def make_arrays():
             "support": part(np.repeat(np.arange(classes), shots)),
             "val": part(np.arange(n_val) % classes),
             "test": part(np.arange(n_test) % classes),
+            "prompts": torch.tensor(text[:, None] + 0.8 * rng.normal(size=(classes, 3, clip_dim)), dtype=torch.float32),
         }
 
     return make

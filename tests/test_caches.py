@@ -228,3 +228,18 @@ def test_chunks_change_nothing(task, predictor, monkeypatch):
 def test_unknown_starts_of_a_trained_cache_are_refused(task):
     with pytest.raises(ValueError, match="features or random, not 'warm'"):
         predictors.TrainedCache(init="warm").fit(task)
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 5.5])
+def test_static_memory_is_a_prototype_for_each_image_and_class(task, sharpness, monkeypatch):
+    few = authors.unequal(task)
+    expected = torch.zeros(len(few.test), 12)
+    for c in range(12):
+        memory = torch.cat([few.text[c, None], few.support.clip[few.support.y == c]])
+        for i, x in enumerate(few.test.clip):
+            prototype = sum(torch.exp(-sharpness * (1 - x @ m)) * m for m in memory)
+            expected[i, c] = 100 * x @ prototype / prototype.norm()
+    memory = predictors.StaticMemory(sharpness=sharpness).fit(few)
+    assert authors.error(memory.logits(few.test), expected) < 1e-5
+    monkeypatch.setattr(caches, "CHUNK", 7)
+    assert authors.error(memory.logits(few.test), expected) < 1e-5

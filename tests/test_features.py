@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_models import write_folder
 from torch.nn.functional import normalize
 
-from lib import features
+from lib import features, methods, tasks
 from lib.__main__ import main
 from lib.features import FeatureBank, banks, datasets, encoders, extraction, images
 from lib.features.encoders import Encoder, load_encoder
@@ -234,6 +235,32 @@ def test_text_features_follow_the_prompts():
     assert len(seven.templates) == 7
 
 
+def test_each_prompt_keeps_its_own_row(monkeypatch):
+    found = features.load_text("digits", "embedded:clip", device="cpu")
+    data = datasets.load("digits")
+    assert found.prompts.shape == (10, len(data.templates), found.x.shape[1])
+    assert torch.equal(normalize(found.prompts.mean(dim=1), dim=1), found.x), "the mean of the rows is the class's row"
+    encoder = load_encoder("embedded:clip", device="cpu")
+    x = normalize(encoder.encode_text([template.format(data.classnames[3]) for template in data.templates]), dim=1)
+    torch.testing.assert_close(found.prompts[3], x)
+    told = {name: [f"a {name}."] * (1 + (name == "two")) for name in data.classnames}
+    uneven = features.load_text("digits", "embedded:clip", told, device="cpu")
+    assert uneven.prompts is None and uneven.x.shape == found.x.shape, "classes that differ in number have none"
+    monkeypatch.setattr(Encoder, "encode_text", None)  # both are read
+    assert torch.equal(features.load_text("digits", "embedded:clip", device="cpu").prompts, found.prompts)
+
+
+def test_a_cache_of_an_earlier_version_gets_its_prompts(tmp_path):
+    """Entries of classes alone stay as they are; those of their prompts are made beside them."""
+    first = features.load_text("digits", "embedded:clip", device="cpu", cache=tmp_path)
+    [apart] = [path.parent for path in tmp_path.rglob("manifest.json") if first.fingerprint not in path.read_text()]
+    shutil.rmtree(apart)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    again = features.load_text("digits", "embedded:clip", device="cpu", cache=tmp_path)
+    assert torch.equal(again.prompts, first.prompts) and again.fingerprint == first.fingerprint
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items()), "nothing else is written"
+
+
 def test_text_features_that_cannot_be_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="embedded:vit encodes images only"):
         features.load_text("digits", "embedded:vit", device="cpu")
@@ -275,6 +302,30 @@ def test_a_bank_written_is_a_bank_read(tmp_path):
     assert json.loads((path / "meta.json").read_text())["source"] == "a test"
 
 
+def test_a_bank_may_bring_prompts(tmp_path):
+    rows = torch.randn(3, 4, 8)
+    plain, _ = small_bank(tmp_path / "plain")
+    path, _ = small_bank(tmp_path / "bank", prompts={"clip_a": rows})
+    text, bare = (features.load_text(f"features:{each}", "clip_a") for each in (path, plain))
+    torch.testing.assert_close(text.prompts, normalize(rows, dim=2))
+    assert bare.prompts is None and torch.equal(text.x, bare.x) and text.fingerprint != bare.fingerprint
+    digest = {"class_names": ("one", "two", "three"), "text": file_hash(plain / "text.safetensors")}
+    assert bare.fingerprint == extraction.fingerprint(digest), "as before there were prompts"
+    shared = load_file(path / "prompts.safetensors")["clip_a"]
+    save_file({"prompts": shared}, plain / "prompts.safetensors")  # one tensor for all CLIP files
+    assert torch.equal(features.load_text(f"features:{plain}", "clip_a").prompts, text.prompts)
+    (plain / "prompts.safetensors").unlink()
+    source = tasks.load_source(f"features:{path}")
+    task = tasks.sample(source, 1, 1)
+    assert torch.allclose(task.prompts, text.prompts) and task.text.shape == (3, 8)
+    assert methods.build("timo", "fixed").fit(task).logits(task.test).shape == (9, 3)
+    without = tasks.sample(tasks.load_source(f"features:{plain}"), 1, 1)
+    skipped = {"timo", "prompt_weights"}
+    assert set(methods.offered(task)) - set(methods.offered(without)) == skipped
+    with pytest.raises(ValueError, match=r"timo: TIMO needs prompts kept apart, the same number in each class; .*bank"):
+        methods.build("timo").fit(replace(task, prompts=None))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -284,6 +335,14 @@ def test_a_bank_written_is_a_bank_read(tmp_path):
             r"text of clip_a: features are \(4, 8\), expected one row for each of 3 class names",
         ),
         ({"text": {"clip_z": torch.ones(3, 8)}}, "'clip_z' has no text features; CLIP files are clip_a"),
+        (
+            {"prompts": {"clip_a": torch.ones(3, 8)}},
+            r"prompts of clip_a are \[3, 8\], expected \[3, P, 8\] as its text has, P the same in every class",
+        ),
+        ({"prompts": {"clip_a": torch.ones(2, 4, 8)}}, r"are \[2, 4, 8\], expected \[3, P, 8\]"),
+        ({"prompts": {"clip_a": torch.ones(3, 0, 8)}}, r"are \[3, 0, 8\], expected \[3, P, 8\]"),
+        ({"prompts": {"clip_a": torch.full((3, 4, 8), torch.nan)}}, "prompts of clip_a: 4 of 4 rows hold NaN"),
+        ({"text": None, "prompts": {"clip_a": torch.ones(3, 4, 8)}}, "no file text.safetensors"),
         ({"aux": {"dino": {}}}, "aux features are named aux…, not 'dino'"),
         (
             {"aux": {"aux_b": {"test": torch.ones(8, 5)}}},

@@ -64,13 +64,13 @@ def test_perception_agrees_with_perceptionclip(mode, temperature):
     assert authors.error(ours, theirs[f"probs_mode{mode}_T{temperature}"]) < 1e-4
 
 
-@pytest.mark.parametrize("rule", [r for r in fusion.FUSIONS.values() if r is not fusion.replace])
+@pytest.mark.parametrize("rule", [r for r in fusion.ALL.values() if r is not fusion.replace])
 def test_beta_zero_gives_zero_shot_back(rule, logits):
     zero_shot, bias, _ = logits
     assert torch.allclose(rule(zero_shot, bias, beta=0.0), zero_shot, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", fusion.FUSIONS.values())
+@pytest.mark.parametrize("rule", fusion.ALL.values())
 def test_odd_rows_stay_finite_and_inputs_untouched(rule):
     for classes in (2, 12):
         one_hot = torch.zeros(4, classes)
@@ -84,7 +84,7 @@ def test_odd_rows_stay_finite_and_inputs_untouched(rule):
                 assert torch.equal(before[1], bias)
 
 
-@pytest.mark.parametrize("rule", fusion.FUSIONS.values())
+@pytest.mark.parametrize("rule", fusion.ALL.values())
 def test_rows_that_are_not_finite_are_refused_and_counted(rule, logits):
     zero_shot, bias, _ = logits
     broken = bias.clone()
@@ -95,7 +95,7 @@ def test_rows_that_are_not_finite_are_refused_and_counted(rule, logits):
         rule(broken, bias)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in fusion.FUSIONS.values() if "beta" in rule.defaults])
+@pytest.mark.parametrize("rule", [rule for rule in fusion.ALL.values() if "beta" in rule.defaults])
 def test_rules_are_linear_in_beta_and_depend_on_other_rows_as_declared(rule, logits):
     zero_shot, bias, _ = logits
     one, three = (rule(zero_shot, bias, beta=beta) - zero_shot for beta in (1.0, 3.0))
@@ -106,8 +106,7 @@ def test_rules_are_linear_in_beta_and_depend_on_other_rows_as_declared(rule, log
 
 def test_fusions_have_the_names_and_defaults_of_their_functions():
     assert all(
-        rule.name == name and fusion.entry(rule.function).defaults == rule.defaults
-        for name, rule in fusion.FUSIONS.items()
+        rule.name == name and fusion.entry(rule.function).defaults == rule.defaults for name, rule in fusion.ALL.items()
     )
     assert fusion.uncertain.defaults["rho"] == 0.4 and "beta" not in fusion.replace.defaults
     assert fusion.entry(partial(fusion.wise, beta=0.1)) is fusion.wise
@@ -156,7 +155,7 @@ def test_learned_beta_minimises_cross_entropy(logits):
     assert fusion.learn_beta(torch.zeros(80, 7), perfect, y, limit=8.0) == 8.0
 
 
-@pytest.mark.parametrize("rule", [rule for rule in fusion.FUSIONS.values() if "beta" in rule.defaults])
+@pytest.mark.parametrize("rule", [rule for rule in fusion.ALL.values() if "beta" in rule.defaults])
 @pytest.mark.parametrize("ties", [False, True])
 def test_accuracy_over_beta_is_the_plain_loop(rule, ties, logits):
     zero_shot, bias, y = logits
@@ -219,3 +218,17 @@ def test_accuracy_over_beta_takes_rules_with_their_settings(logits):
 def test_unknown_words_are_refused(call, words, logits):
     with pytest.raises(ValueError, match=words):
         call(*logits[:2])
+
+
+def test_zs_norm_keeps_the_answers_and_takes_the_range_of_zero_shot(logits):
+    zero_shot, bias, _ = logits
+    fused, plain = fusion.zs_norm(zero_shot, bias, beta=3.0), fusion.additive(zero_shot, bias, beta=3.0)
+    assert torch.equal(fused.argmax(1), plain.argmax(1)) and torch.equal(fused.argsort(1), plain.argsort(1))
+    for ours, theirs in zip(fused.aminmax(dim=1), zero_shot.aminmax(dim=1), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    for row, (s, s0) in enumerate(zip(plain.tolist(), zero_shot.tolist(), strict=True)):
+        expected = [(v - min(s)) / (max(s) - min(s)) * (max(s0) - min(s0)) + min(s0) for v in s]
+        assert fused[row].tolist() == pytest.approx(expected, abs=1e-4)
+    rebuilt = fusion.zs_norm(zero_shot, fusion.uncertain(zero_shot, bias, 2.0) - zero_shot)  # after any other rule
+    assert torch.equal(rebuilt.argmax(1), fusion.uncertain(zero_shot, bias, 2.0).argmax(1))
+    assert "zs_norm" in fusion.ALL and "zs_norm" not in fusion.FUSIONS, "it answers what additive answers"

@@ -24,7 +24,7 @@ SMALL = {
         "shots": 2,
         "seeds": 2,
         "epochs": 8,
-        "only": "tip_adapter,gda,clap,lp_plus_plus",
+        "only": "tip_adapter,gda,clap,lp_plus_plus,tda,timo",
     },
     "07_shift_the_distribution": {
         "shifts": "shapes-sketch,shapes-spurious",
@@ -233,10 +233,12 @@ def test_06_benchmark_methods(record):
         assert rule[f"gain {family}"] == pytest.approx(gain), "the leaders are methods of the table"
     assert 0 <= rule["aux"] <= 100 and 0 <= rule["clip"] <= 100 and set(metrics["foretold"]) == {"digits"}
     triples = metrics["triples"]["digits"]
-    assert {key.split("|")[2] for key in triples} == set(fusion.FUSIONS)
+    assert {key.split("|")[2] for key in triples} == set(fusion.ALL)
     for key, gain in triples.items():
         if key.endswith("|wise"):
             assert gain == pytest.approx(triples[key.replace("wise", "additive")], abs=0.3), "one family, two ways"
+        if key.endswith("|zs_norm"):
+            assert gain == pytest.approx(triples[key.replace("zs_norm", "additive")], abs=1e-6), "no answer changes"
     shares, (features, predictor, rule_of) = metrics["shapley"]["digits"], metrics["chosen"]["digits"]
     whole = triples[f"{features}|{predictor}|{rule_of}"] - triples["clip|LP|additive"]
     assert sum(shares[part] for part in ("features", "predictor", "fusion")) == pytest.approx(whole)
@@ -248,9 +250,11 @@ def test_06_benchmark_methods(record):
 
 def test_06_benchmark_on_a_bank_of_real_features(record, caltech70):
     bank = f"features:{caltech70}"
-    metrics = record("06_benchmark_methods", datasets=bank, aux="aux_mobilenet_v2", shots=1, only="clap")
+    some = "clap,frolic_prior,timo"
+    metrics = record("06_benchmark_methods", datasets=bank, aux="aux_mobilenet_v2", shots=1, only=some)
     ours, rule = metrics["accuracy"]["caltech70"], metrics["rule"]["caltech70"]
     assert ours["zero_shot"]["1"] == pytest.approx(94.46, abs=0.01)
+    assert "timo" not in ours and ours["frolic_prior"]["1"] == pytest.approx(95.55, abs=0.06)
     assert ours["clap"]["1"] > 94.46 and ours["aux_only"]["1"] < 90
     assert rule["clip"] < rule["aux"], "MobileNet's features win the duels that CLIP's lose"
 

@@ -99,7 +99,7 @@ def test_renaming_the_classes_renames_the_logits(name, make_arrays):
     arrays = make_arrays()
     order = torch.tensor([3, 0, 4, 1, 2])
     place = torch.argsort(order)
-    renamed = {"text": arrays["text"][order]} | {
+    renamed = {name: arrays[name][order] for name in ("text", "prompts")} | {
         part: arrays[part] | {"y": place[arrays[part]["y"]]} for part in ("support", "val", "test")
     }
     task, permuted = FewShotTask.from_arrays(**arrays), FewShotTask.from_arrays(**renamed)
@@ -146,6 +146,7 @@ def test_a_grid_is_the_loop_over_it(name, make_task):
         "ape": [{"sharpness": 2.0, "gamma": 0.0}, {"sharpness": 2.0, "gamma": 0.7}, {"gamma": 0.3}],
         "m_adapter": [{"delta": 0.0}, {"gamma": 2.0, "sharpness": 1.0}],
         "transclip": [{"gamma": 0.2}, {"gamma": 0.002}],
+        "timo": [{"weight": 1.0}, {"weight": 0.0}],
     }
     grid = [*grids.get(name, grids["cache"] if name == "trained_cache" else []), {}]
     predictor = build(name).fit(task)
@@ -266,7 +267,7 @@ def test_uneven_classes_are_weighed_by_the_formulas(uneven):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_texts_a_predictor_fits_or_says_that_it_needs_them(name, make_arrays):
-    task = FewShotTask.from_arrays(**make_arrays() | {"text": None}, num_classes=5)
+    task = FewShotTask.from_arrays(**make_arrays() | {"text": None, "prompts": None}, num_classes=5)
     predictor = build(name, **TEXTLESS.get(name, {}) or ({"features": "clip"} if CLASSES[name].clip_only else {}))
     assert predictor.uses_text() == (name not in TEXTLESS)
     if predictor.uses_text():
@@ -278,7 +279,7 @@ def test_without_texts_a_predictor_fits_or_says_that_it_needs_them(name, make_ar
 
 @pytest.mark.parametrize("name", ["head", "convex_head", "mlp"])
 def test_a_fused_branch_needs_texts(name, make_arrays):
-    task = FewShotTask.from_arrays(**make_arrays() | {"text": None}, num_classes=5)
+    task = FewShotTask.from_arrays(**make_arrays() | {"text": None, "prompts": None}, num_classes=5)
     for fit in (lambda: build(name).fit(task), lambda: CLASSES[name].fit_many(task, [{"lam": 0.0}, {"lam": 0.3}])):
         with pytest.raises(ValueError, match="needs class texts"):
             fit()

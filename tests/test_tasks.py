@@ -44,7 +44,10 @@ def test_scale_of_the_given_arrays_does_not_matter(make_arrays):
             "must give one number of classes, not {'text': 5, 'classnames': 2}",
         ),
         (lambda a: a.update(num_classes=7), "not {'text': 5, 'num_classes': 7}"),
-        (lambda a: a.update(text=None), "text, classnames or num_classes must give one number of classes, not {}"),
+        (
+            lambda a: a.update(text=None, prompts=None),
+            "text, classnames or num_classes must give one number of classes, not {}",
+        ),
         (lambda a: a["val"]["y"].__setitem__(0, -1), "val: labels run from -1 to 4"),
         (lambda a: a["test"]["y"].__setitem__(0, -2), "test: labels run from -2 to 4"),
         (lambda a: a["val"].update(y=a["val"]["y"].float()), "val: labels must be whole numbers"),
@@ -86,6 +89,33 @@ def test_classes_may_differ_in_support_images(make_arrays):
     assert task.counts.tolist() == [1, 4, 4, 4, 4] and task.shots == 4
 
 
+def test_prompts_stand_beside_the_texts(make_arrays):
+    arrays = make_arrays()
+    task, bare = FewShotTask.from_arrays(**arrays), FewShotTask.from_arrays(**arrays | {"prompts": None})
+    assert task.prompts.shape == (5, 3, 12) and bare.prompts is None
+    assert torch.allclose(task.prompts, torch.nn.functional.normalize(arrays["prompts"], dim=2), atol=1e-6)
+    assert torch.equal(task.text, bare.text) and torch.equal(task.test.zero_shot, bare.test.zero_shot)
+    for_tuning = task.for_tuning("val")
+    assert for_tuning.prompts is task.prompts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[:4], r"prompts are \[\(3, 12\)\] in 4 classes, texts \(5, 12\)"),
+        (lambda p: p[:, :, :7], r"prompts are \[\(3, 7\)\] in 5 classes, texts \(5, 12\)"),
+        (lambda p: [*p[:4], p[4, :2]], r"prompts are \[\(2, 12\), \(3, 12\)\] .* P must be one"),
+        (lambda p: 0 * p, "prompts: 3 of 3 rows are all zeros"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(make_arrays, change, message):
+    arrays = make_arrays()
+    with pytest.raises(ValueError, match=message):
+        FewShotTask.from_arrays(**arrays | {"prompts": change(arrays["prompts"])})
+    with pytest.raises(ValueError, match="texts None"):
+        FewShotTask.from_arrays(**arrays | {"text": None}, num_classes=5)
+
+
 def test_without_auxiliary_arrays_the_rows_of_clip_stand_in(make_arrays, capsys):
     arrays = make_arrays()
     for part in ("support", "val", "test"):
@@ -96,7 +126,7 @@ def test_without_auxiliary_arrays_the_rows_of_clip_stand_in(make_arrays, capsys)
 
 
 def test_without_texts_zero_shot_logits_are_zeros(make_arrays):
-    arrays = make_arrays() | {"text": None}
+    arrays = make_arrays() | {"text": None, "prompts": None}
     task = FewShotTask.from_arrays(**arrays, num_classes=5)
     assert task.text is None and task.num_classes == 5
     assert torch.equal(task.test.zero_shot, torch.zeros(40, 5))

@@ -6,7 +6,7 @@ import authors
 import pytest
 import torch
 
-from lib import predictors
+from lib import metrics, predictors
 
 CLOSE = 1e-4  # relative to the spread of the reference
 
@@ -139,3 +139,24 @@ def test_lp_plus_plus_of_unequal_classes_starts_at_class_sums(task):
 def test_unknown_constraints_are_refused(task):
     with pytest.raises(ValueError, match=r"l2-balanced.*'l1'"):
         predictors.TextProbe(constraint="l1").fit(task)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_ss_text_is_its_sum_over_images(task, balanced):
+    few = authors.unequal(task)
+    weights = []
+    for c in range(few.num_classes):
+        own = few.support.clip[few.support.y == c]
+        lam = 1 / len(few.support) if balanced else 1 / len(own)
+        w = few.text[c] + sum(x / (len(few.support) * lam * 0.01) for x in own)
+        weights.append(w / w.norm())
+    logits = predictors.SSText(balanced=balanced).fit(few).logits(few.test)
+    assert authors.error(logits, 100 * few.test.clip @ torch.stack(weights).T) < 1e-5
+
+
+def test_ss_text_of_equal_classes_mixes_text_and_mean(task):
+    """With 1 / n_c the mean image weighs 100 n_c / C, with 1 / N it weighs 100 n_c."""
+    mean = metrics.class_means(task.support.clip, task.support.y, 12)
+    for balanced, weight in ((False, 400 * 4 / 48), (True, 400)):
+        expected = 100 * task.test.clip @ torch.nn.functional.normalize(task.text + weight * mean, dim=1).T
+        assert authors.error(predictors.SSText(balanced=balanced).fit(task).logits(task.test), expected) < 1e-5

@@ -9,6 +9,7 @@ A bank is a folder, named `features:PATH`:
     aux_NAME.safetensors      the same rows under an auxiliary encoder, [n, Da]; any number of files, or none
     labels.safetensors        one integer tensor per split, [n], in [0, number of class names)
     text.safetensors          `text` [C, D], or one tensor for each CLIP file, named like it; optional
+    prompts.safetensors       `prompts` [C, P, D], or likewise: the rows of P prompts per class; optional, beside text
 
 Row i of a split is the same image in every file. A CLIP file's name starts with `clip`, an auxiliary one's with
 `aux`; the name without its ending is the encoder's name.
@@ -103,6 +104,18 @@ class FeatureBank:
                 raise ValueError(f"{self.folder}: text features have {x.shape[1]} dimensions, {encoder} has {has}")
         return x
 
+    def prompts(self, encoder: str) -> Float[Tensor, "C P D"] | None:
+        """Stored features of each prompt of a CLIP file, not normalised; None where there are none."""
+        if not (self.folder / "prompts.safetensors").is_file():
+            return None
+        stored, text = self._tensors("prompts"), self.text(encoder)
+        x = stored.get(encoder, stored.get("prompts"))
+        if x is not None and (x.ndim != 3 or not x.shape[1] or (x.shape[0], x.shape[2]) != text.shape):
+            shape = f"[{text.shape[0]}, P, {text.shape[1]}] as its text has, P the same in every class"
+            raise ValueError(f"{self.folder}: prompts of {encoder} are {list(x.shape)}, expected {shape}")
+        what = f"{self.folder}, prompts of {encoder}"
+        return None if x is None else torch.stack([_numbers(what, part, x.shape[1], "prompts") for part in x])
+
     def hashes(self, *stems: str) -> dict[str, str]:
         """sha256 of some of the files; `clip_x` means clip_x.safetensors."""
         return {stem: file_hash(self.folder / f"{stem}.safetensors") for stem in stems}
@@ -146,11 +159,12 @@ def save_bank(
     class_names: Iterable[str],
     aux: Arrays | None = None,
     text: Mapping[str, Array] | None = None,  # CLIP encoder name to text features
+    prompts: Mapping[str, Array] | None = None,  # likewise [C, P, D], the rows of P prompts per class
     name: str = "",
     **meta: object,  # further entries of meta.json
 ) -> Path:
     """Write a bank from tensors or numpy arrays into a new folder, read it back, and only then give it its name."""
-    path, aux, text = Path(path).absolute(), aux or {}, text or {}
+    path, aux, text, prompts = Path(path).absolute(), aux or {}, text or {}, prompts or {}
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} is not empty; a bank is written into a new folder")
     for kind, encoders in {"clip": clip, "aux": aux, "labels": {"labels": labels}}.items():
@@ -162,7 +176,8 @@ def save_bank(
             if wrong:
                 has = f"splits are {', '.join(SPLITS)}, labels have {', '.join(labels)}"
                 raise ValueError(f"{stem} has split {wrong[0]!r}; {has}")
-    files = {**clip, **aux, "labels": labels} | ({"text": text} if text else {})
+    optional = {stem: arrays for stem, arrays in {"text": text, "prompts": prompts}.items() if arrays}
+    files = {**clip, **aux, "labels": labels, **optional}
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     partial.mkdir(parents=True)
     try:
@@ -176,8 +191,9 @@ def save_bank(
         for encoder in (*clip, *aux):
             for split in files[encoder]:
                 bank.rows(split, encoder)
-        for encoder in text:
+        for encoder in (*text, *prompts):
             bank.text(encoder)
+            bank.prompts(encoder)
         os.replace(partial, path)
     except ValueError as error:
         raise ValueError(str(error).replace(str(partial), str(path))) from error

@@ -50,6 +50,7 @@ class TextFeatures:
     templates: tuple[str, ...]  # the prompts, with `{}` for the class name
     logit_scale: float  # the encoder's own, learned; logits of the workbook are 100 x cosine whatever it is
     fingerprint: str
+    prompts: Float[Tensor, "C P D"] | None = None  # unit rows, one per prompt; None where classes differ in P
 
 
 def load(dataset: str, split: str, encoder: str, **options: Any) -> Features:
@@ -111,8 +112,10 @@ def load_text(
         bank = open_bank(dataset)
         x, card = normalize(bank.text(encoder), dim=1), bank.card.get("text", {})
         about = (card["prompt"],) if card.get("prompt") else ()
-        digest, scale = fingerprint({"class_names": bank.class_names, **bank.hashes("text")}), card.get("logit_scale")
-        return TextFeatures(x, bank.class_names, encoder, dataset, about, float(scale or LOGIT_SCALE), digest)
+        apart = bank.prompts(encoder)
+        apart, files = (None, ["text"]) if apart is None else (normalize(apart, dim=2), ["text", "prompts"])
+        digest, scale = fingerprint({"class_names": bank.class_names, **bank.hashes(*files)}), card.get("logit_scale")
+        return TextFeatures(x, bank.class_names, encoder, dataset, about, float(scale or LOGIT_SCALE), digest, apart)
     data = datasets.load(dataset)
     prompts = datasets.prompts(templates, data)
     if isinstance(prompts, Mapping):
@@ -120,20 +123,27 @@ def load_text(
         described: Sequence[str] = (f"{sum(map(len, texts))} sentences about {len(texts)} classes",)
     else:
         texts, described = [[prompt.format(name) for prompt in prompts] for name in data.classnames], prompts
-    job = make_job(resolve(encoder), cache_root(cache) / "text", precision, texts=texts)
+    jobs = [  # of the classes, and of each prompt
+        make_job(resolve(encoder), cache_root(cache) / "text", precision, texts=texts, **further)
+        for further in ({}, {"apart": True})
+    ]
 
-    def make(_: list[extraction.Job]) -> None:
+    def make(todo: list[extraction.Job]) -> None:
         model = load_encoder(encoder, device, precision)
-        means = [normalize(model.encode_text(group), dim=1).mean(dim=0) for group in texts]
-        for mean, group in zip(means, texts, strict=True):
-            if not torch.isfinite(mean).all():
+        rows = [normalize(model.encode_text(group), dim=1) for group in texts]
+        for x, group in zip(rows, texts, strict=True):
+            if not torch.isfinite(x).all():
                 raise ValueError(f"{encoder} gives NaN or infinite features for one of {group}")
-        x = torch.stack([normalize(mean, dim=0) for mean in means])
-        extraction.write(job, x.shape, [torch.arange(len(x)), x], logit_scale=model.logit_scale)
+        means = torch.stack([normalize(x.mean(dim=0), dim=0) for x in rows])
+        y = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(x) for x in rows]))
+        for job, parts in zip(jobs, ([torch.arange(len(rows)), means], [y, torch.cat(rows)]), strict=True):
+            if job in todo:
+                extraction.write(job, parts[1].shape, parts, logit_scale=model.logit_scale)
 
-    [(x, _, manifest)] = extraction.cached([job], make)
-    scale = manifest["logit_scale"]
-    return TextFeatures(x, data.classnames, encoder, dataset, tuple(described), scale, job.fingerprint)
+    (x, _, manifest), (apart, _, _) = extraction.cached(jobs, make)
+    apart = apart.unflatten(0, (len(texts), -1)) if len({*map(len, texts)}) == 1 else None
+    about = tuple(described), manifest["logit_scale"], jobs[0].fingerprint
+    return TextFeatures(x, data.classnames, encoder, dataset, *about, apart)
 
 
 def _from_bank(dataset: str, split: str, encoder: str) -> Features:

@@ -27,6 +27,7 @@ class Predictor:
     features: str = "aux"
     clip_only: ClassVar[bool] = False  # compares images with class texts, so that features must be `clip`
     needs_text: ClassVar[bool] = False  # uses task.text or zero_shot
+    needs_prompts: ClassVar[bool] = False  # uses task.prompts
     equal_shots: ClassVar[bool] = False  # the formula needs as many support images in one class as in another
     per_batch: ClassVar[bool] = False  # a row's logits depend on the other rows of the split
 
@@ -48,6 +49,8 @@ class Predictor:
             raise ValueError(f"{only}; features are {self.features!r}")
         if task.text is None and self.uses_text():
             raise ValueError(f"{name} needs class texts, but {task.name} has no text features")
+        if self.needs_prompts and task.prompts is None:
+            raise ValueError(f"{name} needs prompts kept apart, the same number in each class; {task.name} has none")
         if self.equal_shots and counts.min() < counts.max():
             few, many = (f"{task.classnames[int(i)]!r} has {counts[i]}" for i in (counts.argmin(), counts.argmax()))
             raise ValueError(f"{name} needs the same number of support images in each class, but {few} and {many}")

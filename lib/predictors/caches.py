@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from numpy.polynomial.chebyshev import chebpts1, chebvander
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from lib import fusion
 from lib.predictors import training
@@ -31,7 +32,9 @@ def class_sums(values: Float[Tensor, "n m"], counts: Int64[Tensor, " C"]) -> Flo
     return values.new_zeros(n, classes).index_add(1, torch.arange(classes).repeat_interleave(counts), values)
 
 
-def kernel(affinity: Float[Tensor, "n m"], sharpness: float, log_weight: Tensor | float = 0.0) -> Float[Tensor, "n m"]:
+def kernel(
+    affinity: Float[Tensor, "*n m"], sharpness: float, log_weight: Tensor | float = 0.0
+) -> Float[Tensor, "*n m"]:
     """exp(-sharpness (1 - affinity) + log_weight), in one pass over the affinity."""
     return torch.add(torch.as_tensor(log_weight - sharpness), affinity, alpha=sharpness).exp_()
 
@@ -186,6 +189,37 @@ class APE(Cache):
 
     def cache_logits(self, affinity: Float[Tensor, "n m"], sharpness: float) -> Float[Tensor, "n C"]:
         return class_sums(kernel(affinity, sharpness, self.gamma * self.divergence_), self.counts_)
+
+
+@dataclass(eq=False)
+class StaticMemory(Predictor):
+    """DMN's static memory: for each image a prototype of each class, from the rows of the class that are like it.
+
+        bias_c = 100 x unit(sum_i exp(-sharpness (1 - x m_ci)) m_ci)^T,    m_c the support's rows of c and its text
+
+    Source: dual memory networks (arXiv 2403.17589), static half; repository YBZh/DMN at 598c270, `dmn_main.py`.
+    """
+
+    clip_only: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = True
+    features: str = "clip"
+    sharpness: float = 5.5
+
+    def fit(self, task: FewShotTask) -> StaticMemory:
+        self.check(task)
+        order, counts = task.support.y.argsort(stable=True), task.counts
+        rows = task.support.clip[order].split(counts.tolist())
+        self.memory_ = pad_sequence([torch.cat([t[None], x]) for t, x in zip(task.text, rows, strict=True)], True)
+        return self  # shorter classes end in zeros, which weigh nothing
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        parts, products = [], self.memory_ @ self.memory_.mT
+        for x in split.clip.split(CHUNK):
+            affinity = x @ self.memory_.mT
+            weight = kernel(affinity, self.sharpness)
+            length = ((weight @ products) * weight).sum(-1).sqrt()  # of the prototypes, which are never written out
+            parts.append(LOGIT_SCALE * ((weight * affinity).sum(-1) / length).T)
+        return torch.cat(parts)
 
 
 @dataclass(eq=False)

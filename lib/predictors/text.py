@@ -164,6 +164,33 @@ class TextProbe(TextTuned):
 
 
 @dataclass(eq=False)
+class SSText(Predictor):
+    """SS-Text: each class text moves towards its images, in closed form; nothing is trained and nothing chosen.
+
+        logits = 100 x unit(w_c)^T,    w_c = t_c + 100 / (N lambda_c) sum_i x_i,    i the n_c images of class c of all N
+
+    lambda_c is 1 / n_c, or with `balanced` 1 / N. (The released code keeps it above 0.001.)
+
+    Source: repository jusiro/SS-Text at 845ba01, `solvers/sstext.py`.
+    """
+
+    clip_only: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = True
+    features: str = "clip"
+    balanced: bool = False
+
+    def fit(self, task: FewShotTask) -> SSText:
+        self.check(task)
+        sums, n = torch.zeros_like(task.text).index_add(0, task.support.y, task.support.clip), len(task.support)
+        weight = torch.full((task.num_classes,), float(n)) if self.balanced else task.counts.float()  # 1 / lambda
+        self.weight_ = normalize(task.text + LOGIT_SCALE / n * weight[:, None] * sums, dim=1)
+        return self
+
+    def logits(self, split: Split) -> Float[Tensor, "n C"]:
+        return LOGIT_SCALE * split.clip @ self.weight_.T
+
+
+@dataclass(eq=False)
 class CrossModal(Predictor):
     """Cross-modal adaptation: class texts are training samples like images, half of every batch each.
 
