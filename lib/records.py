@@ -7,18 +7,19 @@ pandas.read_parquet("runs/encoders/results.parquet")
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from lib import methods, metrics
 from lib.files import ROOT, replace_file
 from lib.runs import join_published, published_backbone, read_json
 
 if TYPE_CHECKING:
-    from lib.tasks import TaskSource
+    from lib.tasks import FewShotTask, TaskSource
 
 COLUMNS = {
     "dataset": "what was learned from, by the name it was given",
@@ -48,8 +49,8 @@ KEYS = ["dataset", "test", "clip", "aux", "label", "shots", "seed", "protocol"]
 def rows(results: pd.DataFrame, source: TaskSource, dataset: str) -> list[dict[str, object]]:
     """Rows of `methods.compare` as a record keeps them: one per draw and label, without tensors.
 
-    `source` is what the tasks were drawn from, `dataset` its name as the run was given it. A column `judged`, the
-    accuracy on validation images in [0, 1], is kept as `val`.
+    `source` is what the tasks were drawn from, `dataset` its name as the run was given it; `judged`, see `compare`, is
+    kept as `val`.
     """
     encoders = dict(zip(("clip", "aux"), source.encoders, strict=False))
     return [
@@ -57,7 +58,30 @@ def rows(results: pd.DataFrame, source: TaskSource, dataset: str) -> list[dict[s
         | {"seed": row.seed, "protocol": row.protocol, "accuracy": 100 * row.accuracy, "chosen": row.chosen}
         | {"seconds": round(row.seconds, 3), "val": 100 * row.judged if "judged" in results else None}
         for row in results.itertuples()
+        if row.method is not None  # not itself from a table
     ]
+
+
+def compare(
+    task: FewShotTask,
+    contestants: Mapping[str, tuple[str, Mapping]],
+    protocol: str,
+    swept: pd.DataFrame | None = None,
+    source: TaskSource | None = None,
+    **names: str,
+) -> pd.DataFrame:
+    """`methods.compare` on one task, with `judged`: the accuracy on its validation images (without any, test images).
+
+    Contestants that the table `swept` has for this task of `source` are read from it; `names` are its dataset and test.
+    """
+    keys = names | {"shots": task.shots, "seed": task.seed, "protocol": protocol}
+    parts = [] if swept is None else [matching(swept, source, **keys).query("label in @contestants")]
+    have = {label for part in parts for label in part.index}
+    if left := {label: one for label, one in contestants.items() if label not in have}:
+        fitted, on = methods.compare([task], left, protocol), task.val or task.test
+        judged = [metrics.accuracy(method.logits(on), on.y, on.classes) for method in fitted["method"]]
+        parts.append(fitted.assign(judged=judged))
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 
 def table(folders: Sequence[Path]) -> pd.DataFrame:

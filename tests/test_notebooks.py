@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lib import features, fusion, runs, tasks
+from lib import features, fusion, records, runs, tasks
 
 SMALL = {
     "00_extract_features": {"picture": 200},
@@ -342,3 +342,17 @@ def test_11_run_one_method(record, tmp_path):
     done = runs.execute("11_run_one_method", {"dataset": "digits", "method": "cache/uncertain", "seeds": 1}, folder)
     assert done["metrics"]["verdict"] == "–" and done["metrics"]["gain"]["half"] is None
     assert {(row["label"], row["seed"]) for row in done["rows"]} == {("cache/uncertain", 1), ("zero_shot", 1)}
+
+
+def test_06_draws_what_a_sweep_has_measured(record, tmp_path):
+    digits = {"dataset": "digits", "shots": 1, "seeds": 2}
+    for method in ("gda", "tip_adapter"):
+        runs.execute("11_run_one_method", digits | {"method": method}, tmp_path / "sweep" / method)
+    gathered = records.table([tmp_path / "sweep"])
+    marked = gathered["label"].eq("gda") & gathered["seed"].eq(1)
+    records.write(gathered.assign(accuracy=gathered["accuracy"].where(~marked, 99.0)), tmp_path)
+    few = {"datasets": "digits", "shots": 1, "seeds": 2, "epochs": 2, "only": "gda,tip_adapter"}
+    run = runs.execute("06_benchmark_methods", few | {"table": str(tmp_path / "results.parquet")}, tmp_path / "run")
+    both = gathered[gathered["label"].eq("gda")].set_index("seed")["accuracy"]
+    assert run["metrics"]["accuracy"]["digits"]["gda"]["1"] == pytest.approx((99 + both[2]) / 2), "read, not fitted"
+    assert {row["label"] for row in run["rows"]} == {"linear_probe", "aux_only", "amu"}, "the rest is fitted"
