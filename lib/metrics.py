@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, one_hot
+from torch.nn.functional import cosine_similarity, cross_entropy, one_hot
 
 Logits = Float[Tensor, "n C"]
 Labels = Int64[Tensor, " n"]  # class index of each image; -1: an image of none of the classes
@@ -64,6 +64,17 @@ def calibration_error(logits: Logits, y: Labels, bins: int = 15) -> float:
 def brier(logits: Logits, y: Labels) -> float:
     """Mean squared distance of softmax(logits) to the one-hot label, in [0, 2]."""
     return (logits.softmax(1) - one_hot(y, logits.shape[1])).pow(2).sum(1).mean().item()
+
+
+def calibration(logits: Logits, y: Labels, bins: int = 15) -> dict[str, float]:
+    """`accuracy`, mean `confidence`, their `gap` (confidence - accuracy), `ece` and `brier` in [0, 1], and `nll`.
+
+    NLL is the mean cross-entropy in nats. Every y is a class: images of none have no probability to judge.
+    """
+    sure, right = logits.softmax(1).amax(1).double().mean().item(), accuracy(logits, y)
+    measured = {"accuracy": right, "confidence": sure, "gap": sure - right}
+    nll = cross_entropy(logits.double(), y).item()
+    return measured | {"ece": calibration_error(logits, y, bins), "brier": brier(logits, y), "nll": nll}
 
 
 def reliability(logits: Logits, y: Labels, bins: int = 15) -> pd.DataFrame:
