@@ -93,8 +93,7 @@ def residual_axes(train: TrainRows, weight: Weight, offset: Offset) -> tuple[Flo
 
 def residual(features: Rows, train: TrainRows, weight: Weight, offset: Offset) -> Confidence:
     """Minus the length of `features - u` outside the principal subspace, see `residual_axes` (ViM, section 4)."""
-    origin, axes = residual_axes(train, weight, offset)
-    return -((features.double() - origin) @ axes).norm(dim=1)
+    return _residual(features, *residual_axes(train, weight, offset))
 
 
 def vim(
@@ -110,10 +109,14 @@ def vim(
     Where `train` has no residual, fewer images than principal directions, nothing is subtracted.
     Source: ViM (arXiv 2203.10807), eq. 5-6; repository haoqiwang/vim, benchmark.py.
     """
-    least = 1e-9 * train.double().norm(dim=1).mean()
-    mean = -residual(train, train, weight, offset).mean()
-    alpha = train_logits.double().amax(1).mean() / mean if mean > least else 0.0
-    return logits.double().logsumexp(1) + alpha * residual(features, train, weight, offset)
+    space = residual_axes(train, weight, offset)
+    length = -_residual(train, *space).mean()
+    alpha = train_logits.double().amax(1).mean() / length if length > 1e-9 * train.norm(dim=1).mean() else 0.0
+    return logits.double().logsumexp(1) + alpha * _residual(features, *space)
+
+
+def _residual(features: Rows, origin: Float[Tensor, " D"], axes: Float[Tensor, "D r"]) -> Confidence:
+    return -((features.double() - origin) @ axes).norm(dim=1)
 
 
 def competing_to_win(logits: Logits, negated: Logits) -> Confidence:
