@@ -10,6 +10,6 @@ from lib.scores.confidence import (
     risk_coverage,
     temperature,
 )
-from lib.scores.estimation import ESTIMATES
+from lib.scores.estimation import ESTIMATES, IS_ACCURACY, from_uniform
 from lib.scores.table import computable, needs
 from lib.scores.unknown import LOCAL_OUTLIERS, UNKNOWN, fpr95, residual_axes

@@ -80,4 +80,4 @@ ESTIMATES: dict[str, Callable[..., float]] = {
     "entropy": certainty,
     "agreement": agreement,
 }
-IS_ACCURACY = ("mean confidence", "ATC", "agreement")  # on accuracy's own scale; the others only rise with it
+IS_ACCURACY = ("mean confidence", "ATC")  # estimates of its size; the others only rise with it
