@@ -252,7 +252,7 @@ def test_06_benchmark_on_a_bank_of_real_features(record, caltech70):
 
 def test_08_trust_the_confidence(record):
     metrics = record("08_trust_the_confidence")
-    plain, fitted = (metrics["calibration"][kind] for kind in ("as it is", "fitted T"))
+    plain, fitted = (metrics["calibration"][kind] for kind in ("as it is", "at fitted T"))
     assert set(plain) == set(fitted) == {"zero_shot", "tip_adapter", "gda", "amu"}
     for name, row in plain.items():
         assert row["gap"] == pytest.approx(row["confidence"] - row["accuracy"])
@@ -269,7 +269,7 @@ def test_08_trust_the_confidence(record):
     here, shifted = (metrics["conformal"][name] for name in ("shapes", "shapes-corrupted-5"))
     assert 80 < here["amu"]["sets that hold the truth (%)"] <= 100 and here["amu"]["classes in a set"] < 72
     assert shifted["amu"]["sets that hold the truth (%)"] < here["amu"]["sets that hold the truth (%)"]
-    assert set(metrics["verdicts"]["fitted T"].values()) <= {"better", "worse", "tie"}
+    assert set(metrics["verdicts"]["at fitted T"].values()) <= {"better", "worse", "tie"}
 
 
 def test_09_detect_the_unknown(record):
@@ -305,12 +305,12 @@ def test_10_estimate_accuracy(record):
     accuracy = metrics["accuracy"]
     assert len(accuracy) == len(metrics["sets"]) == 11, "digits has no shifted versions: ten parts of its test images"
     assert accuracy["0 % hard"] > accuracy["digits"] > accuracy["100 % hard"]
-    raw, fitted = (metrics["quality"][f"mean confidence|{kind}"] for kind in ("as it is", "fitted T"))
+    raw, fitted = (metrics["quality"][f"mean confidence|{kind}"] for kind in ("as it is", "at fitted T"))
     assert fitted["off (points)"] < raw["off (points)"], "CLIP is overconfident on handwriting"
     for key, row in metrics["quality"].items():
         assert 0 <= row["R²"] <= 1 and -1 <= row["rank correlation"] <= 1, key
         assert row["off (points)"] <= row["off at most (points)"], key
-    assert metrics["quality"]["ATC|fitted T"]["rank correlation"] > 0.3
+    assert metrics["quality"]["ATC|at fitted T"]["rank correlation"] > 0.3
     assert set(metrics["signed"]) == {"mean confidence", "ATC"}
 
 
@@ -318,7 +318,7 @@ def test_10_estimate_accuracy(record):
 def test_08_and_10_on_a_bank_of_real_features(record, caltech70, notebook):
     metrics = record(notebook, dataset=f"features:{caltech70}", shifts="", shots=2, seeds=1, only="gda")
     if notebook.startswith("08"):
-        plain, fitted = (metrics["calibration"][kind]["zero_shot"] for kind in ("as it is", "fitted T"))
+        plain, fitted = (metrics["calibration"][kind]["zero_shot"] for kind in ("as it is", "at fitted T"))
         assert plain["ece"] == pytest.approx(0.077, abs=0.002) and plain["gap"] < 0, "underconfident at the scale 100"
         assert fitted["ece"] < plain["ece"] and set(metrics["ece"]) == {"caltech70"}
     else:
@@ -336,7 +336,7 @@ def test_08_to_10_on_a_bank_of_two_classes(record, tmp_path, val):
     bank = features.save_bank(tmp_path / "bank", class_names=["one", "two"], **parts)
     about = {"dataset": f"features:{bank}", "shots": 4, "seeds": 1, "protocol": "val" if val else "fixed"}
     metrics = record("08_trust_the_confidence", **about, shifts="auto", only="gda")
-    assert ("fitted T" in metrics["calibration"]) == val == bool(metrics["conformal"])
+    assert ("at fitted T" in metrics["calibration"]) == val == bool(metrics["conformal"])
     assert set(metrics["verdicts"]["as it is"].values()) == {"–"}
     metrics = record("09_detect_the_unknown", **about, only="gda")
     assert metrics["scores"]["s0"]["max probability"]["AUROC"] == 50, "one known class has probability one"
