@@ -14,7 +14,7 @@ from scipy import special, stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, one_hot
+from torch.nn.functional import cosine_similarity, cross_entropy, one_hot
 
 Logits = Float[Tensor, "n C"]
 Labels = Int64[Tensor, " n"]  # class index of each image; -1: an image of none of the classes
@@ -104,6 +104,17 @@ def brier(logits: Logits, y: Labels) -> float:
     return (logits.softmax(1) - one_hot(y, logits.shape[1])).pow(2).sum(1).mean().item()
 
 
+def calibration(logits: Logits, y: Labels, bins: int = 15) -> dict[str, float]:
+    """`accuracy`, mean `confidence`, their `gap` (confidence - accuracy), `ece` and `brier` in [0, 1], and `nll`.
+
+    NLL is the mean cross-entropy in nats. Every y is a class: images of none have no probability to judge.
+    """
+    sure, right = logits.softmax(1).amax(1).double().mean().item(), accuracy(logits, y)
+    measured = {"accuracy": right, "confidence": sure, "gap": sure - right}
+    nll = cross_entropy(logits.double(), y).item()
+    return measured | {"ece": calibration_error(logits, y, bins), "brier": brier(logits, y), "nll": nll}
+
+
 def reliability(logits: Logits, y: Labels, bins: int = 15) -> pd.DataFrame:
     """Mean `confidence` and `accuracy` in equal-width bins of the largest probability; empty bins are left out."""
     top = logits.softmax(1).amax(1).clamp_max(1).double().numpy()  # rounding may exceed 1
@@ -111,24 +122,41 @@ def reliability(logits: Logits, y: Labels, bins: int = 15) -> pd.DataFrame:
     return pd.DataFrame({"confidence": confidence, "accuracy": fraction})
 
 
+def auroc(high: Float[Tensor, " n"], low: Float[Tensor, " m"]) -> float:
+    """Chance that a value of `high` exceeds one of `low`, ties one half; NaN without either."""
+    if not len(high) or not len(low):
+        return math.nan
+    label = np.repeat([True, False], [len(high), len(low)])
+    return float(roc_auc_score(label, torch.cat([high, low]).double().numpy()))
+
+
+def auroc_interval(high: Float[Tensor, " n"], low: Float[Tensor, " m"]) -> tuple[float, float]:
+    """`auroc` and the half-width of its normal 95 % interval over both sets; NaN with fewer than 2 of either.
+
+    Its variance is var(V) / n + var(W) / m, with V the fraction of `low` below each of `high`, and W that of `high`
+    above each of `low` (DeLong et al., 1988).
+    """
+    if min(len(high), len(low)) < 2:
+        return auroc(high, low), math.nan
+    parts = [part.double().numpy() for part in (high, low)]
+    rank = np.split(stats.rankdata(np.concatenate(parts)), [len(high)])
+    v, w = ((r - stats.rankdata(p)) / (len(high) + len(low) - len(p)) for r, p in zip(rank, parts, strict=True))
+    return float(v.mean()), float(stats.norm.ppf(0.975) * np.hypot(stats.sem(v), stats.sem(w)))
+
+
 def error_auroc(uncertainty: Float[Tensor, " n"], logits: Logits, y: Labels) -> float:
     """AUROC of the uncertainty as a detector of errors; 0.5 is chance; NaN without errors."""
-    wrong = (~correct(logits, y)).numpy()
-    return float(roc_auc_score(wrong, uncertainty.double().numpy())) if 0 < wrong.sum() < len(wrong) else math.nan
+    return auroc(*_wrong_and_right(uncertainty, logits, y))
 
 
 def error_auroc_interval(uncertainty: Float[Tensor, " n"], logits: Logits, y: Labels) -> tuple[float, float]:
-    """`error_auroc` and the half-width of its normal 95 % interval over images; NaN with fewer than 2 of either kind.
+    """`error_auroc` and the half-width of its interval over images, see `auroc_interval`."""
+    return auroc_interval(*_wrong_and_right(uncertainty, logits, y))
 
-    Its variance is var(V) / #wrong + var(W) / #correct, with V the fraction of correct images below each wrong one,
-    and W that of wrong images above each correct one (DeLong et al., 1988).
-    """
-    wrong, value = (~correct(logits, y)).numpy(), uncertainty.double().numpy()
-    if min(wrong.sum(), (~wrong).sum()) < 2:
-        return error_auroc(uncertainty, logits, y), math.nan
-    rank = stats.rankdata(value)
-    v, w = ((rank[part] - stats.rankdata(value[part])) / (~part).sum() for part in (wrong, ~wrong))
-    return float(v.mean()), float(stats.norm.ppf(0.975) * np.hypot(stats.sem(v), stats.sem(w)))
+
+def _wrong_and_right(uncertainty: Tensor, logits: Logits, y: Labels) -> tuple[Tensor, Tensor]:
+    hits = correct(logits, y)
+    return uncertainty[~hits], uncertainty[hits]
 
 
 def quantile_groups(values: Float[Tensor, " n"], groups: int) -> Int64[Tensor, " n"]:

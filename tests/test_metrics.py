@@ -48,6 +48,9 @@ def test_calibration_of_a_perfectly_calibrated_and_of_an_overconfident_classifie
     assert metrics.brier(p.log(), y) == pytest.approx(2 * 0.7 * 0.3, abs=1e-5)
     table = metrics.reliability(p.log(), y)
     assert len(table) == 1 and table.iloc[0].to_dict() == pytest.approx({"confidence": 0.7, "accuracy": 0.7})
+    both = metrics.calibration(p.log(), y)
+    assert both == pytest.approx({"accuracy": 0.7, "confidence": 0.7, "gap": 0, "ece": 0, "brier": 0.42}
+                                 | {"nll": -0.7 * math.log(0.7) - 0.3 * math.log(0.3)}, abs=1e-5)  # fmt: skip
     perfect = metrics.reliability(1e4 * torch.eye(3), torch.arange(3))
     assert perfect.iloc[0].to_dict() == {"confidence": 1, "accuracy": 1}
 

@@ -34,6 +34,9 @@ SMALL = {
         "epochs": 4,
     },
     "11_run_one_method": {"dataset": "digits", "method": "gda", "shots": 4, "seeds": 2},
+    "08_trust_the_confidence": {"shifts": "shapes-corrupted-5", "shots": 4, "seeds": 2, "epochs": 4},
+    "09_detect_the_unknown": {"shots": 4, "seeds": 2, "epochs": 4},
+    "10_estimate_accuracy": {"dataset": "digits", "shots": 4, "seeds": 2, "epochs": 4},
 }
 
 
@@ -356,3 +359,96 @@ def test_06_draws_what_a_sweep_has_measured(record, tmp_path):
     both = gathered[gathered["label"].eq("gda")].set_index("seed")["accuracy"]
     assert run["metrics"]["accuracy"]["digits"]["gda"]["1"] == pytest.approx((99 + both[2]) / 2), "read, not fitted"
     assert {row["label"] for row in run["rows"]} == {"linear_probe", "aux_only", "amu"}, "the rest is fitted"
+
+
+def test_08_trust_the_confidence(record):
+    metrics = record("08_trust_the_confidence")
+    plain, fitted = (metrics["calibration"][kind] for kind in ("as it is", "at fitted T"))
+    assert set(plain) == set(fitted) == {"zero_shot", "tip_adapter", "gda", "amu"}
+    for name, row in plain.items():
+        assert row["gap"] == pytest.approx(row["confidence"] - row["accuracy"])
+        assert fitted[name]["accuracy"] == pytest.approx(row["accuracy"]), "a temperature changes no answer"
+        assert fitted[name]["nll"] < row["nll"] + 0.02
+        assert abs(row["gap"]) <= row["ece"] + 1e-6
+    for name, parts in metrics["parts"].items():
+        assert parts["gap"] == pytest.approx(sum(parts.values()) - parts["gap"]), "three parts add up"
+        change = 100 * (plain[name]["gap"] - plain["zero_shot"]["gap"])
+        assert parts["gap"] == pytest.approx(change, abs=1e-3)
+    assert sum(len(who) for who in metrics["ranges"].values()) == 3
+    for scores_of in metrics["excess"].values():
+        assert min(scores_of.values()) >= 0 and len(scores_of) == 10
+    here, shifted = (metrics["conformal"][name] for name in ("shapes", "shapes-corrupted-5"))
+    assert 80 < here["amu"]["sets that hold the truth (%)"] <= 100 and here["amu"]["classes in a set"] < 72
+    assert shifted["amu"]["sets that hold the truth (%)"] < here["amu"]["sets that hold the truth (%)"]
+    assert set(metrics["verdicts"]["at fitted T"].values()) <= {"better", "worse", "tie"}
+
+
+def test_09_detect_the_unknown(record):
+    metrics = record("09_detect_the_unknown")
+    areas = metrics["scores"]
+    assert metrics["unknown"] == "shapes-novel beside shapes"
+    assert {"s0", "bias amu", "fused amu", "matched amu", "clip", "aux", "clip+aux"} <= set(areas)
+    assert set(areas["s0"]) == {"max probability", "max logit", "energy", "MCM", "KL matching"}
+    assert set(areas["aux"]) == {"KNN", "Mahalanobis", "Residual", "ReAct", "ViM"}
+    assert all(
+        0 <= row["AUROC"] <= 100 and 0 <= row["FPR95"] <= 100 for place in areas.values() for row in place.values()
+    )
+    for key, row in metrics["gains"].items():
+        name, place, score = key.split("|")
+        gain = areas[f"{place} {name}"][score]["AUROC"] - areas["s0"][score]["AUROC"]
+        assert row["difference"] == pytest.approx(gain), key
+    outliers = metrics["outliers"]
+    in_class = [outliers[f"mislabelled|k-distance in class|{kind}"] for kind in ("clip", "aux", "clip+aux")]
+    assert max(in_class) > 60, "a wrong label stands out among its class"
+    assert set(metrics["cured"]) == {f"{k}|{w}" for k in ("unknown", "mislabelled") for w in ("costs", "brings")}
+
+
+def test_09_detect_the_unknown_on_a_bank_of_real_features(record, caltech70):
+    metrics = record("09_detect_the_unknown", dataset=f"features:{caltech70}", shots=2, only="tip_adapter", seeds=1)
+    assert metrics["unknown"] == "23 of the 70 classes of caltech70, held out"
+    assert metrics["scores"]["s0"]["max probability"]["AUROC"] > 85 > metrics["scores"]["clip"]["KNN"]["AUROC"]
+    assert {row["verdict"] for row in metrics["gains"].values()} == {"–"}, "one draw, no verdict"
+    assert metrics["outliers"] == metrics["cured"] == {}, "two images of a class are no neighbourhood"
+
+
+def test_10_estimate_accuracy(record):
+    metrics = record("10_estimate_accuracy")
+    accuracy = metrics["accuracy"]
+    assert len(accuracy) == len(metrics["sets"]) == 11, "digits has no shifted versions: ten parts of its test images"
+    assert max(accuracy.values()) - min(accuracy.values()) > 3, "the parts differ"
+    raw, fitted = (metrics["quality"][f"mean confidence|{kind}"] for kind in ("as it is", "at fitted T"))
+    assert fitted["off (points)"] < raw["off (points)"], "CLIP is overconfident on handwriting"
+    for key, row in metrics["quality"].items():
+        assert 0 <= row["R²"] <= 1 and -1 <= row["rank correlation"] <= 1, key
+        assert row["off (points)"] <= row["off at most (points)"], key
+    assert metrics["quality"]["ATC|at fitted T"]["rank correlation"] > 0.3
+    assert set(metrics["signed"]) == {"mean confidence", "ATC"}
+
+
+@pytest.mark.parametrize("notebook", ["08_trust_the_confidence", "10_estimate_accuracy"])
+def test_08_and_10_on_a_bank_of_real_features(record, caltech70, notebook):
+    metrics = record(notebook, dataset=f"features:{caltech70}", shifts="", shots=2, seeds=1, only="gda")
+    if notebook.startswith("08"):
+        plain, fitted = (metrics["calibration"][kind]["zero_shot"] for kind in ("as it is", "at fitted T"))
+        assert plain["ece"] == pytest.approx(0.077, abs=0.002) and plain["gap"] < 0, "underconfident at the scale 100"
+        assert fitted["ece"] < plain["ece"] and set(metrics["ece"]) == {"caltech70"}
+    else:
+        assert metrics["accuracy"]["caltech70"] == pytest.approx(94.46, abs=0.01)
+
+
+def test_08_to_10_on_a_bank_of_two_classes(record, tmp_path):
+    """Two classes, a few images, one draw, once without validation images: what does not exist is null."""
+    text, noise, banks = torch.eye(2, 6), torch.Generator().manual_seed(0), {}
+    for name, sizes in (("val", {"train": 8, "val": 8, "test": 24}), ("none", {"train": 8, "test": 24})):
+        labels = {part: torch.arange(n) % 2 for part, n in sizes.items()}
+        rows = {part: text[y] + 0.6 * torch.randn(len(y), 6, generator=noise) for part, y in labels.items()}
+        parts = {"clip": {"clip_x": rows}, "labels": labels, "text": {"clip_x": text}}
+        banks[name] = f"features:{features.save_bank(tmp_path / name, class_names=['one', 'two'], **parts)}"
+    few = {"shots": 4, "seeds": 1, "only": "gda"}
+    metrics = record("09_detect_the_unknown", dataset=banks["val"], **few)
+    assert metrics["scores"]["s0"]["max probability"]["AUROC"] == 50, "one known class has probability one"
+    metrics = record("08_trust_the_confidence", dataset=banks["none"], protocol="fixed", **few | {"shifts": ""})
+    assert set(metrics["calibration"]) == {"as it is"} and not metrics["conformal"]
+    assert set(metrics["verdicts"]["as it is"].values()) == {"–"}
+    metrics = record("10_estimate_accuracy", dataset=banks["none"], protocol="fixed", **few)
+    assert set(metrics["signed"]) == {"mean confidence"}
