@@ -253,7 +253,7 @@ def test_notebooks_keep_their_form(path):
     for cell in book.cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None, "outputs are stripped"
-            assert len(cell.source.splitlines()) <= 15, cell.source
+            assert len(cell.source.splitlines()) <= (20 if cell in tagged else 15), cell.source
             tree = ast.parse(cell.source)
             assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     codes = [cell.source for cell in book.cells if cell.cell_type == "code"]

@@ -233,20 +233,6 @@ def test_temperature_minimises_the_loss_and_scales_with_the_logits(z, offset, sc
         assert scores.temperature(scale * (z + offset), y) == pytest.approx(scale * best, rel=1e-3)
 
 
-@properties
-@given(logits(), logits())
-def test_match_range_keeps_the_order_and_takes_the_range(z, s0):
-    rows, classes = min(len(z), len(s0)), min(z.shape[1], s0.shape[1])
-    z, s0 = z[:rows, :classes], s0[:rows, :classes]
-    matched = scores.match_range(z, s0)
-    assert torch.allclose(scores.match_range(z, z), z, atol=1e-4)
-    for row, out, base in zip(z, matched, s0, strict=True):
-        spread = row.max() > row.min()
-        assert out.min().item() == pytest.approx(base.min().item(), abs=1e-4)
-        assert out.max().item() == pytest.approx(base.max().item() if spread else base.min().item(), abs=1e-4)
-        assert (out.diff().sign() * row.diff().sign() >= 0).all(), "no two classes change places"
-
-
 def test_conformal_sets_cover_what_they_promise():
     generator = torch.Generator().manual_seed(0)
     z = 3 * torch.randn(4000, 5, generator=generator)

@@ -5,7 +5,6 @@ from lib.scores.confidence import (
     aurc,
     conformal_sets,
     logit_norm,
-    match_range,
     norm_power,
     risk_coverage,
     temperature,

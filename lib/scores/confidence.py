@@ -98,19 +98,6 @@ def temperature(logits: Logits, y: Labels, least: float = 0.01) -> float:
     return 1 / scale if scale > 0 else math.inf
 
 
-def match_range(logits: Logits, zero_shot: Logits) -> Logits:
-    """Logits with the range of the zero-shot ones, image by image; the order of the classes stays.
-
-        s' = (s - min s) / (max s - min s) * (max s0 - min s0) + min s0
-
-    A constant row, which has no range to stretch, becomes `min s0`.
-    Source: ZS-Norm and SaLS (arXiv 2407.13588); repository Bala93/CLIPCalib.
-    """
-    low, high, low0, high0 = (f(-1, keepdim=True) for v in (logits, zero_shot) for f in (v.amin, v.amax))
-    unit = (logits - low) / (high - low).clamp_min(torch.finfo(logits.dtype).tiny)
-    return unit * (high0 - low0) + low0
-
-
 def conformal_sets(
     val_logits: Float[Tensor, "m C"], val_y: Int64[Tensor, " m"], logits: Logits, coverage: float = 0.9
 ) -> Bool[Tensor, "n C"]:
