@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from lib.files import ROOT, locked, nearest, one_line, write_json
+from lib.files import ROOT, commit, locked, nearest, one_line, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,18 +92,6 @@ def check_parameters(notebook: str, given: Mapping[str, object]) -> dict[str, ob
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{notebook}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     return {name: type_(given.get(name, default)) for name, (type_, default) in parameters.items()}
-
-
-def commit() -> str:
-    """Commit of the workbook, with `+` where files differ from it, the gallery aside; empty outside a checkout."""
-    command = "git status --porcelain=v2 --branch -- . :(exclude)figures/*.*g :(exclude)figures/*.json"
-    try:
-        lines = subprocess.run(
-            command.split(), cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return lines[0].removeprefix("# branch.oid ") + "+" * any(not line.startswith("#") for line in lines)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ L2-normalised here, once: all modules below work on unit rows, while features on
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib.features import LOGIT_SCALE, FeatureBank, Features, TextFeatures, datasets, load_many, load_text, open_bank
+from lib.features.load import identify
 
 PROTOCOLS = ("val", "fixed", "oracle")
 Arrays = Mapping[str, Any]  # tensors, arrays or lists
@@ -59,6 +60,7 @@ class FewShotTask:
     name: str = "arrays"
     views: tuple[Split, ...] = ()  # augmented renderings of the support, row for row
     rows: Int64[Tensor, " n"] | None = None  # the support's rows in the training part, ascending; None from arrays
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the features, see TaskSource
 
     @property
     def num_classes(self) -> int:
@@ -67,6 +69,11 @@ class FewShotTask:
     @property
     def counts(self) -> Int64[Tensor, " C"]:  # support images of each class
         return torch.bincount(self.support.y, minlength=self.num_classes)
+
+    def facts(self) -> dict[str, Any]:
+        """What a fitted method must remember of its task, beside the texts."""
+        facts = {"task": self.name, "shots": self.shots, "seed": self.seed, "classnames": list(self.classnames)}
+        return {**facts, "support_images": len(self.support), "val_images": len(self.val or ()), **self.origin}
 
     @classmethod
     def from_arrays(
@@ -134,6 +141,7 @@ class TaskSource:
     class_map: Int64[Tensor, " T"]  # for each class of the test set its index in the task, -1 for none
     encoders: tuple[str, str]  # CLIP and auxiliary; "clip" where CLIP's own features stand in for these
     fingerprints: Mapping[str, str]  # of `text` and of each `part/encoder`
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False)  # data set, encoders, prompts, fingerprints
 
     @cached_property
     def test(self) -> Split:
@@ -143,12 +151,10 @@ class TaskSource:
         return replace(self.split("test", slice(None)), classes=common if some else None)
 
     def split(self, part: str, rows: Int64[Tensor, " n"] | slice, view: int | None = None) -> Split:
-        """Some rows of a part; several auxiliary encoders' unit rows stand side by side."""
+        """Some rows of a part."""
         clip, *aux = ((f.x if view is None else f.x[view])[rows] for f in self.parts[part])
         y = self.parts[part][0].y[rows]
-        arrays = {"clip": clip, "y": self.class_map[y] if part == "test" else y}
-        if aux:
-            arrays["aux"] = aux[0] if len(aux) == 1 else torch.cat([normalize(x, dim=1) for x in aux], dim=1)
+        arrays = _arrays(clip, aux, self.class_map[y] if part == "test" else y)
         return _split(arrays, self.text and self.text.x, len(self.classnames), bool(aux), self.name, part)
 
 
@@ -208,10 +214,13 @@ def load_source(
         shared = {key: options[key] for key in ("device", "precision", "cache") if key in options}
         text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
         text, prints["text"] = replace(text, x=_unit(text.x, f"{dataset}: text features")), text.fingerprint
+    of = {"bank": names} if is_bank else {"encoders": [identify(n, options.get("precision", "fp32")) for n in names]}
+    origin = {"dataset": dataset, "prompts": list(text.templates if text else ()), "fingerprints": prints, **of}
     codes = [getattr(one, "codes", ()) for one in (card, test_card)]
     classnames = [parts[part][0].classnames for part in ("train", "test")]
     class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
-    return TaskSource(dataset, test, classnames[0], parts, text, class_map, (clip, ",".join(auxiliaries)), prints)
+    names = (clip, ",".join(auxiliaries))
+    return TaskSource(dataset, test, classnames[0], parts, text, class_map, names, prints, origin)
 
 
 def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
@@ -236,8 +245,8 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     num_views = len(source.parts["views"][0].x) if "views" in source.parts else 0
     views = tuple(source.split("views", rows, view) for view in range(num_views))
     name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
-    support, rows = source.split("train", rows), rows.sort().values
-    return FewShotTask(support, val, source.test, source.text and source.text.x, names, shots, seed, name, views, rows)
+    support, text, rows = source.split("train", rows), source.text and source.text.x, rows.sort().values
+    return FewShotTask(support, val, source.test, text, names, shots, seed, name, views, rows, source.origin)
 
 
 def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
@@ -284,6 +293,17 @@ def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
         if wrong.any():
             raise ValueError(f"{what}: {int(wrong.sum())} of {len(x)} rows {fault}")
     return x / norms
+
+
+def unlabelled(clip: Tensor, aux: Sequence[Tensor], text: Tensor | None, num_classes: int, name: str) -> Split:
+    """New images as a split of labels -1, from features of any scale; `text` as in the task that was learned."""
+    return _split(_arrays(clip, aux, torch.full((len(clip),), -1)), text, num_classes, bool(aux), name, "test")
+
+
+def _arrays(clip: Tensor, aux: Sequence[Tensor], y: Tensor) -> Arrays:
+    """The arrays of a split; several auxiliary encoders' unit rows stand side by side."""
+    joined = aux[0] if len(aux) == 1 else torch.cat([normalize(x, dim=1) for x in aux], dim=1) if aux else None
+    return {"clip": clip, "y": y} | ({"aux": joined} if aux else {})
 
 
 def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from lib import __main__ as cli
-from lib import runs
+from lib import files, runs
 
 
 @pytest.fixture
@@ -232,7 +232,8 @@ def git(folder, *command):
 def workbook(notebook, tmp_path, monkeypatch):
     """Return a small committed workbook: one notebook that has run, a gallery with a stale figure."""
     name = notebook()
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for module in (files, runs):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / ".gitignore").write_text("runs/\n")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "97_stale.png").write_text("stale")
