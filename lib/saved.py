@@ -24,20 +24,23 @@ from lib.files import commit, replace_file, write_json
 FORMAT = 1  # raise it when folders written before can no longer be read
 
 
-def write(method: Any, folder: Path) -> Path:
-    """Write a fitted `methods.Method` into a folder that is new, empty or holds a saved method, which is replaced.
-
-    A ValueError names a method whose logits depend on the batch: one image alone would get another answer.
-    """
-    entry, fitted = method.entry, _fitted(method)
-    if "predictor_" not in fitted:
-        raise ValueError(f"{method.name} is not fitted; fit it before it is saved")
+def check(method: Any, folder: Path) -> None:
+    """Raise a ValueError that says why a method cannot be saved, or not there; it need not be fitted yet."""
+    entry = method.entry
     if entry.per_batch:
         part = entry.predictor.__name__ if entry.predictor.per_batch else f"the fusion {entry.fusion.name}"
         depends = f"under {part} the logits of an image depend on the other images of its batch"
         raise ValueError(f"{method.name} cannot be saved to classify new images: {depends}")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "card.json").is_file():
         raise ValueError(f"{folder} is not empty and holds no saved method; name a new folder")
+
+
+def write(method: Any, folder: Path) -> Path:
+    """Write a fitted `methods.Method` into a folder that is new, empty or holds a saved method, which is replaced."""
+    check(method, folder)
+    entry, fitted = method.entry, _fitted(method)
+    if "predictor_" not in fitted:
+        raise ValueError(f"{method.name} is not fitted; fit it before it is saved")
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     card = {"format": FORMAT, "method": method.name, "title": entry.title, "triple": triple(method)}
