@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from itertools import combinations
@@ -189,9 +190,13 @@ def _start(folder: Path, table: Path | None, clip: str, aux: str, device: str) -
     print("  " + ", ".join(f"{split} {len(part[0].y)}" for split, part in source.parts.items()))
     if "val" in source.parts:
         val = source.split("val", slice(None))
-        print(f"zero-shot {clip}: {100 * metrics.accuracy(val.zero_shot, val.y):.1f} % of {len(val)} validation images")
-    chosen = "".join(f" --{name} {value}" for name, value in (("clip", clip), ("aux", aux)) if value != "auto")
-    print(f"next: python -m lib fit csv:{table}{chosen} --to runs/{folder.resolve().name}")
+        accuracy = 100 * metrics.accuracy(val.zero_shot, val.y)
+        print(f"zero-shot {source.encoders[0]}: {accuracy:.1f} % of {len(val)} validation images")
+    if clip == "auto":
+        print("the embedded encoders are a miniature; name real ones by --clip and --aux: python -m lib encoders")
+    chosen = [word for name, value in (("--clip", clip), ("--aux", aux)) if value != "auto" for word in (name, value)]
+    words = ["fit", f"csv:{table}", *chosen, "--to", f"runs/{folder.resolve().name}"]
+    print(f"next: python -m lib {shlex.join(words)}")
 
 
 def _fit(dataset: str, method: str, to: Path, shots: str, seed: int, protocol: str, **how: str) -> None:
@@ -218,7 +223,7 @@ def _fit(dataset: str, method: str, to: Path, shots: str, seed: int, protocol: s
         low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
         share = f"{100 * hits.double().mean():.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})"
         print(f"  {name}: {share} of {len(hits)} test images")
-    print(f"saved in {to}\nnext: python -m lib predict {to} IMAGES --out predictions.csv")
+    print(f"saved in {to}\nnext: python -m lib predict {shlex.quote(str(to))} IMAGES --out predictions.csv")
 
 
 def _predict(folder: Path, images: list[str], out: Path, **how: object) -> None:

@@ -128,12 +128,12 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     """A value as JSON, its tensors put aside under their place in it."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)  # safetensors wants no views
-        return {"tensor": name}
+        return {"$tensor": name}
     if isinstance(value, predictors.Predictor):
         params = {key: getattr(value, key) for key in predictors.hyper_parameters(type(value))}
-        return {"predictor": type(value).__name__, "params": params, "fitted": _pack(_fitted(value), name, tensors)}
+        return {"$predictor": type(value).__name__, "params": params, "fitted": _pack(_fitted(value), name, tensors)}
     if isinstance(value, Mapping):
-        return {"dict": {key: _pack(item, f"{name}.{key}".strip("."), tensors) for key, item in value.items()}}
+        return {key: _pack(item, f"{name}.{key}".strip("."), tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
     if value is None or isinstance(value, (str, bool, int, float)):
@@ -146,13 +146,13 @@ def _unpack(tree: object, tensors: Mapping[str, Tensor]) -> object:
         return [_unpack(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    if "tensor" in tree:
-        return tensors[tree["tensor"]]
-    if "dict" in tree:
-        return {key: _unpack(item, tensors) for key, item in tree["dict"].items()}
-    cls = getattr(predictors, tree["predictor"], None)
+    if "$tensor" in tree:
+        return tensors[tree["$tensor"]]
+    if "$predictor" not in tree:
+        return {key: _unpack(item, tensors) for key, item in tree.items()}
+    cls = getattr(predictors, tree["$predictor"], None)
     if not (isinstance(cls, type) and issubclass(cls, predictors.Predictor)):
-        raise ValueError(f"there is no predictor {tree['predictor']!r} any more; fit again")
+        raise ValueError(f"there is no predictor {tree['$predictor']!r} any more; fit again")
     predictor = cls(**tree["params"])
     vars(predictor).update(_unpack(tree["fitted"], tensors))
     return predictor

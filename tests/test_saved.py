@@ -55,9 +55,9 @@ def test_the_card_says_what_was_fitted_and_holds_no_pickle(make_task, tmp_path):
     card = json.loads((folder / "card.json").read_text())
     assert card["triple"] == {"features": "clip", "predictor": "Cache", "fusion": "additive"}
     assert card["protocol"] == "val" and len(card["commit"]) in (0, 40, 41)
-    held = card["fitted"]["dict"]
-    assert held["chosen_"]["dict"] == method.chosen_ and held["val_accuracy_"] == method.val_accuracy_
-    assert held["facts_"]["dict"]["classnames"] == [f"class {c}" for c in range(5)]
+    held = card["fitted"]
+    assert held["chosen_"] == method.chosen_ and held["val_accuracy_"] == method.val_accuracy_
+    assert held["facts_"]["classnames"] == [f"class {c}" for c in range(5)]
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
 
 
