@@ -41,6 +41,7 @@ VERSIONED = ("torch", "open_clip_torch", "timm", "numpy", "scikit-learn", "paper
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 LEAST = {"shots": 1, "seeds": 1, "epochs": 1, "batch_size": 1, "at_once": 1, "bins": 1, "val_shots": 0, "views": 0}
 CHOICES = {"protocol": ("val", "fixed", "oracle"), "precision": ("fp32", "bf16")}
+FAR = 2.0  # points by which a zero-shot accuracy may differ from the published one without a warning
 TIMEOUT_S = 3600  # per cell; a cell that takes longer hangs
 _claims: dict[Path, FileLock] = {}  # folders that this kernel fills by hand
 
@@ -257,3 +258,19 @@ def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     compared = ours.assign(shots_run=ours["shots"], shots=ours["shots"].where(ours["method"] != "Zero-shot CLIP", 0))
     joined = compared.merge(theirs, on=keys).assign(difference=lambda rows: rows["mean"] - rows["value"])
     return joined.assign(shots=joined["shots_run"]).drop(columns="shots_run")
+
+
+def check_zero_shot(dataset: str, encoder: str, measured: Mapping[str, float]) -> pd.DataFrame:
+    """Zero-shot accuracies of ours, in % by metric, beside open_clip's for the same weights and data set.
+
+    Columns metric, ours, published, difference (points), far (whether by more than FAR) and note; no row where
+    data/published.csv has none. A wrong prompt, activation or label order shows here before any few-shot number.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(ROOT / "data" / "published.csv")
+    rows = table[(table["clip_backbone"] == encoder) & (table["dataset"] == dataset.partition("@")[0])]
+    rows = rows.assign(ours=rows["metric"].map(measured).astype(float)).rename(columns={"value": "published"})
+    rows = rows.assign(difference=rows["ours"] - rows["published"])
+    rows = rows.assign(far=rows["difference"].abs() > FAR)
+    return rows[["metric", "ours", "published", "difference", "far", "note"]]
