@@ -164,10 +164,11 @@ def _start(folder: Path, table: Path | None, clip: str, aux: str, device: str) -
     from lib.features import sources, survey
 
     labels, items = sources.folder_items(folder)
-    table = table or folder.resolve().with_name(f"{folder.resolve().name}.csv")
+    name = folder.resolve().name
+    table = table or (folder if folder.name == name else folder.resolve()).with_name(f"{name}.csv")
     counts = [sum(label == c for part in items.values() for _, label in part) for c in labels.values()]
-    least, most = (f"{few} of {list(labels)[counts.index(few)]!r}" for few in (min(counts), max(counts)))
-    print(f"{folder}: {sum(counts)} images of {len(labels)} classes, from {least} to {most}", flush=True)
+    ends = [f"{list(labels)[counts.index(size)]!r} has {size}" for size in sorted({min(counts), max(counts)})]
+    print(f"{folder}: {sum(counts)} images of {len(labels)} classes; {', '.join(ends)}", flush=True)
     if aside := survey.unused(folder, items):
         print(f"  not used: {', '.join(f'{count} {kind}' for kind, count in aside.most_common())}")
     looked = survey.look(folder, items)
@@ -183,7 +184,8 @@ def _start(folder: Path, table: Path | None, clip: str, aux: str, device: str) -
         print(f"{table} is kept as it is; delete it to have it made anew")
     else:
         survey.write_splits(table, sources.folder(folder, looked.left_out))
-        print(f"{table}: the splits, without {len(looked.left_out)} of these images; edit it as you like")
+        aside = f" without the {len(looked.left_out)} broken and doubled ones" if looked.left_out else ""
+        print(f"{table}: the splits{aside}; edit it as you like")
     from lib import metrics, tasks
 
     source = tasks.load_source(f"csv:{table}", clip, aux, device=device)
@@ -195,7 +197,7 @@ def _start(folder: Path, table: Path | None, clip: str, aux: str, device: str) -
     if clip == "auto":
         print("the embedded encoders are a miniature; name real ones by --clip and --aux: python -m lib encoders")
     chosen = [word for name, value in (("--clip", clip), ("--aux", aux)) if value != "auto" for word in (name, value)]
-    words = ["fit", f"csv:{table}", *chosen, "--to", f"runs/{folder.resolve().name}"]
+    words = ["fit", f"csv:{table}", *chosen, "--to", f"runs/{name}"]
     print(f"next: python -m lib {shlex.join(words)}")
 
 

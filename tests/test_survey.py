@@ -5,6 +5,7 @@ import shlex
 import shutil
 
 import pytest
+from conftest import ROOT
 from small_models import photo, write_folder
 
 from lib import __main__ as cli
@@ -68,7 +69,7 @@ def test_a_newcomer_gets_from_photos_to_predictions_by_the_printed_commands(
     encoders = ["--clip", "embedded:clip", "--aux", "embedded:conv"]
     assert cli.main(["start", str(messy), *encoders]) == 0
     printed = capsys.readouterr().out
-    assert "27 images of 3 classes, from 8 of 'class_1' to 10 of 'class_0'" in printed
+    assert "27 images of 3 classes; 'class_1' has 8, 'class_0' has 10" in printed
     assert "broken: 1" in printed and "the same picture more than once: 2" in printed
     assert "not used: 1 .txt" in printed or "not used: 1 .heic" in printed
     assert "train 12, val 6, test 6" in printed
@@ -115,3 +116,17 @@ def test_a_folder_without_classes_says_how_it_should_look(tmp_path, capsys):
     photo(1).save(tmp_path / "a.png")
     assert cli.main(["start", str(tmp_path)]) == 2
     assert "the images of a class lie in a sub-folder of its name" in capsys.readouterr().err
+
+
+def test_the_readme_works_as_printed(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "README.md").read_text().split("## Your own images\n")[1].split("\n## ")[0]
+    assert len(section.strip().splitlines()) < 15
+    commands = re.findall(r"^    .venv/bin/python -m lib (.*)$", section, re.M)
+    assert [command.split()[0] for command in commands] == ["start", "fit", "predict"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOGIT_BIAS_CACHE", str(tmp_path / "cache"))
+    write_folder(tmp_path / "photos", images=8, splits=())
+    for command in commands:
+        assert cli.main(shlex.split(command)) == 0, command
+    assert f"next: python -m lib {commands[1].replace(' --method amu --shots all', '')}" in capsys.readouterr().out
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 25
