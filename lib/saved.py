@@ -109,7 +109,12 @@ def check_encoders(saved: Sequence[Mapping[str, str]], names: Sequence[str]) -> 
     then = [entry["name"] for entry in saved]
     if names and len(names) != len(then):
         raise ValueError(f"the method was fitted on {', '.join(then)}; named are {', '.join(names)}")
-    now = [identify(name, entry["precision"]) for name, entry in zip(names or then, saved, strict=True)]
+    try:
+        now = [identify(name, entry["precision"]) for name, entry in zip(names or then, saved, strict=True)]
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; if its weights have moved, name all {len(then)} by --encoders, CLIP's first"
+        ) from error
     for old, new in zip(saved, now, strict=True):
         if new["weights"] != old["weights"]:
             sides = f"{old['name']} with weights {old['weights'][:40]}, {new['name']} has {new['weights'][:40]}"

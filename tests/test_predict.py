@@ -80,7 +80,7 @@ def test_what_cannot_be_decoded_is_listed_and_not_lost(fitted, photos, tmp_path,
     assert [row["path"] for row in bad] == [*map(str, broken), str(notes)]
     assert all(row["class"] == row["probability"] == "" and "UnidentifiedImageError" in row["reason"] for row in bad)
     printed = capsys.readouterr().out
-    assert "17 rows" in printed and "5 images could not be decoded" in printed and str(notes) in printed
+    assert "rows 17," in printed and "could not be decoded: 5\n" in printed and str(notes) in printed
 
 
 def test_a_second_start_computes_only_what_is_missing(fitted, photos, tmp_path, monkeypatch):

@@ -112,9 +112,8 @@ def test_other_encoders_and_changed_weights_are_refused(small_encoders, embedded
         methods.load(folder, ["embedded:clip", "embedded:vit"])
     with pytest.raises(ValueError, match="fitted on embedded:clip, embedded:conv; named are embedded:clip"):
         methods.load(folder, ["embedded:clip"])
-    (tmp_path / "elsewhere").mkdir()
-    moved = tmp_path / "elsewhere" / "conv.safetensors"
-    moved.write_bytes((embedded / "conv.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"no file .*nowhere.pt; if its weights have moved, name all 2 by --encoders"):
+        methods.load(folder, ["embedded:clip", "timm:resnet10t/nowhere.pt"])
     resolve = encoders.resolve
     swapped = lambda name: replace(resolve("embedded:conv"), name=name) if name == "other:conv" else resolve(name)  # noqa: E731
     load = sys.modules["lib.features.load"]  # `lib.features.load` is its function
