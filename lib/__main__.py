@@ -214,11 +214,11 @@ def _fit(dataset: str, method: str, to: Path, shots: str, seed: int, protocol: s
     largest = int(source.parts["train"][0].y.bincount().max())
     task = tasks.sample(source, *((largest, seed, 0) if shots == "all" else (int(shots), seed)))
     fitted.fit(task).save(to)
-    val = f"; chosen on {len(task.val)} more" if task.val and fitted.chosen_ else ""
-    print(f"{fitted.entry.title}: fitted on {len(task.support)} images of {task.num_classes} classes{val}")
+    print(f"{fitted.entry.title}: fitted on {len(task.support)} images of {task.num_classes} classes")
     if fitted.chosen_:
+        on = "the test images: optimistic" if protocol == "oracle" else f"{len(task.val)} validation images"
         chosen = ", ".join(f"{name} {value:g}" for name, value in fitted.chosen_.items())
-        print(f"  {chosen}: {100 * fitted.val_accuracy_:.1f} % of the images it was chosen on")
+        print(f"  {chosen}: {100 * fitted.val_accuracy_:.1f} %, chosen on {on}")
     test = task.test
     for name, logits in {"zero-shot": test.zero_shot, method: fitted.logits(test)}.items():
         hits = metrics.correct(logits, test.y, test.classes)[test.y >= 0]
@@ -234,11 +234,10 @@ def _predict(folder: Path, images: list[str], out: Path, **how: object) -> None:
     rows = predict(folder, images, out, **how)
     bad = [row for row in rows if row["reason"]]
     moved = sum(row["class"] != row["zero_shot"] for row in rows if row["zero_shot"])
-    print(f"{out}: {len(rows)} rows; the bias changed zero-shot CLIP's answer to {moved} images")
-    if bad:
-        print(
-            f"{len(bad)} images could not be decoded:", *(f"  {row['path']}: {row['reason']}" for row in bad), sep="\n"
-        )
+    print(f"{out}: rows {len(rows)}, of which with another answer than zero-shot CLIP's {moved}")
+    print(
+        f"images that could not be decoded: {len(bad)}", *(f"  {row['path']}: {row['reason']}" for row in bad), sep="\n"
+    )
 
 
 def _extract(dataset: str, encoders: list[str], splits: list[str] | None, **options: object) -> None:

@@ -78,7 +78,11 @@ def test_a_newcomer_gets_from_photos_to_predictions_by_the_printed_commands(
     assert command[:2] == ["fit", f"csv:{tmp_path / 'my photos.csv'}"] and command[2:6] == encoders
     assert cli.main([*command, "--method", "gda"]) == 0
     printed = capsys.readouterr().out
-    assert "GDA: fitted on 12 images of 3 classes; chosen on 6 more" in printed and "of 6 test images" in printed
+    assert (
+        "GDA: fitted on 12 images of 3 classes\n" in printed
+        and "chosen on 6 validation images" in printed
+        and "of 6 test images" in printed
+    )
     command = shlex.split(re.search(r"^next: python -m lib (.*)$", printed, re.M)[1].replace("IMAGES", f"'{messy}'"))
     assert cli.main(command) == 0
     assert "rows 28," in capsys.readouterr().out and (tmp_path / "predictions.csv").exists()
