@@ -36,8 +36,8 @@ def image_paths(places: Sequence[str]) -> list[str]:
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"no image or folder {place}")
-        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-        taken = [p for p in inside if p.suffix.lower() in ENDINGS and p.is_file()] if place.is_dir() else inside
+        inside = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in ENDINGS and not p.name.startswith(".")]
+        taken = [p for p in inside if p.is_file()] if place.is_dir() else [place]
         if not taken:
             raise ValueError(f"no images in {place}; they end in {', '.join(ENDINGS)}")
         paths |= dict.fromkeys(map(str, taken))

@@ -69,6 +69,7 @@ def test_what_cannot_be_decoded_is_listed_and_not_lost(fitted, photos, tmp_path,
     broken = [photos / "test" / "class_0" / f"{name}.png" for name in ("a", "b", "c", "d")]  # a batch of nothing else
     for path in broken:
         path.write_bytes(b"no picture")
+    (photos / "test" / "class_0" / "._a.png").touch()  # what macOS leaves behind is no image
     notes = tmp_path / "notes, a page.txt"
     notes.write_text("words")
     out = tmp_path / "p.csv"
