@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from itertools import combinations
@@ -37,6 +38,25 @@ def main(arguments: list[str] | None = None) -> int:
     add("parts", nargs="*", help="show names that contain all of these, such as: timm dino")
     add = command(_datasets, "say which data sets are here, and how to get the others")
     add("names", nargs="*", help="describe these, folder:PATH included, and look for leaks")
+    add = command(_start, "look at a folder of images, write its splits to a table, extract")
+    add("folder", type=Path, help="a sub-folder per class, or train/, val/, test/ above them")
+    add("--table", type=Path, help="where the splits are kept, to be edited (default: FOLDER.csv beside it)")
+    _encoder_options(add)
+    add = command(_fit, "fit a method on a data set and save it")
+    add("dataset", help="csv:PATH, folder:PATH, dtd, …")
+    add("--method", default="amu", help="(default: amu)")
+    add("--to", type=Path, required=True, help="folder of the saved method")
+    add("--shots", default="all", help="labelled images of a class to learn from (default: all)")
+    add("--seed", type=int, default=1, help="draws them (default: 1)")
+    add("--protocol", default="val", help="how hyper-parameters are chosen: val, fixed or oracle (default: val)")
+    add("--templates", default="auto", help="prompts: auto, 7, 80 or a file")
+    _encoder_options(add)
+    add = command(_predict, "classify images by a saved method; continues where it was stopped")
+    add("folder", type=Path, help="of the saved method")
+    add("images", nargs="+", help="files and folders")
+    add("--out", type=Path, default=Path("predictions.csv"), help="(default: predictions.csv)")
+    add("--encoders", nargs="+", default=[], help="names of the encoders' files now, CLIP's first, if they have moved")
+    add("--device", default="auto", help="auto, cuda, mps, cpu")
     add = command(_extract, "fill the cache of features; resumes where it was stopped")
     add("dataset", help="dtd, folder:PATH, imagenet@16/1, …")
     add("encoders", nargs="+", help="several share one pass over the images")
@@ -55,6 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _encoder_options(add: Callable) -> None:
+    add("--clip", default="auto", help="CLIP encoder (default: the embedded one)")
+    add("--aux", default="auto", help="auxiliary encoder, several joined by commas (default: the embedded one)")
+    add("--device", default="auto", help="auto, cuda, mps, cpu")
 
 
 def _run(notebook: str, p: list[list[str]], folder: Path | None, lenient: bool) -> None:
@@ -132,6 +158,86 @@ def _datasets(names: list[str]) -> None:
         except ValueError as error:
             print(f"  {name:20} missing: {str(error).removeprefix(f'{name}: ')}")
     print(f"  and {datasets.GRAMMAR}")
+
+
+def _start(folder: Path, table: Path | None, clip: str, aux: str, device: str) -> None:
+    from lib.features import sources, survey
+
+    labels, items = sources.folder_items(folder)
+    name = folder.resolve().name
+    table = table or (folder if folder.name == name else folder.resolve()).with_name(f"{name}.csv")
+    counts = [sum(label == c for part in items.values() for _, label in part) for c in labels.values()]
+    ends = [f"{list(labels)[counts.index(size)]!r} has {size}" for size in sorted({min(counts), max(counts)})]
+    print(f"{folder}: {sum(counts)} images of {len(labels)} classes; {', '.join(ends)}", flush=True)
+    if aside := survey.unused(folder, items):
+        print(f"  not used: {', '.join(f'{count} {kind}' for kind, count in aside.most_common())}")
+    looked = survey.look(folder, items)
+    if looked.sizes:
+        widths, heights = zip(*looked.sizes.values(), strict=True)
+        print(f"  sizes: {min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high")
+    print(f"  broken: {len(looked.broken)}", *(f"    {image}: {why}" for image, why in looked.broken.items()), sep="\n")
+    kinds = looked.doubles()
+    print(f"  the same picture more than once: {sum(map(len, kinds.values()))}")
+    for kind, groups in kinds.items():
+        print(f"    {kind}: {len(groups)}, such as {' = '.join(image for _, image, _ in groups[0])}")
+    if table.exists():
+        print(f"{table} is kept as it is; delete it to have it made anew")
+    else:
+        survey.write_splits(table, sources.folder(folder, looked.left_out))
+        aside = f" without the {len(looked.left_out)} broken and doubled ones" if looked.left_out else ""
+        print(f"{table}: the splits{aside}; edit it as you like")
+    from lib import metrics, tasks
+
+    source = tasks.load_source(f"csv:{table}", clip, aux, device=device)
+    print("  " + ", ".join(f"{split} {len(part[0].y)}" for split, part in source.parts.items()))
+    if "val" in source.parts:
+        val = source.split("val", slice(None))
+        accuracy = 100 * metrics.accuracy(val.zero_shot, val.y)
+        print(f"zero-shot {source.encoders[0]}: {accuracy:.1f} % of {len(val)} validation images")
+    if clip == "auto":
+        print("the embedded encoders are a miniature; name real ones by --clip and --aux: python -m lib encoders")
+    chosen = [word for name, value in (("--clip", clip), ("--aux", aux)) if value != "auto" for word in (name, value)]
+    words = ["fit", f"csv:{table}", *chosen, "--to", f"runs/{name}"]
+    print(f"next: python -m lib {shlex.join(words)}")
+
+
+def _fit(dataset: str, method: str, to: Path, shots: str, seed: int, protocol: str, **how: str) -> None:
+    from scipy.stats import binomtest
+
+    from lib import methods, metrics, saved, tasks
+
+    fitted = methods.build(method, protocol)
+    saved.check(fitted, to)
+    if shots != "all" and not shots.isdecimal():
+        raise ValueError(f"--shots is a number or all, not {shots!r}")
+    source = tasks.load_source(dataset, how.pop("clip"), how.pop("aux"), **how)
+    largest = int(source.parts["train"][0].y.bincount().max())
+    task = tasks.sample(source, *((largest, seed, 0) if shots == "all" else (int(shots), seed)))
+    fitted.fit(task).save(to)
+    print(f"{fitted.entry.title}: fitted on {len(task.support)} images of {task.num_classes} classes")
+    if fitted.chosen_:
+        on = "the test images: optimistic" if protocol == "oracle" else f"{len(task.val)} validation images"
+        chosen = ", ".join(f"{name} {value:g}" for name, value in fitted.chosen_.items())
+        print(f"  {chosen}: {100 * fitted.val_accuracy_:.1f} %, chosen on {on}")
+    test = task.test
+    for name, logits in {"zero-shot": test.zero_shot, method: fitted.logits(test)}.items():
+        hits = metrics.correct(logits, test.y, test.classes)[test.y >= 0]
+        low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+        share = f"{100 * hits.double().mean():.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+        print(f"  {name}: {share} of {len(hits)} test images")
+    print(f"saved in {to}\nnext: python -m lib predict {shlex.quote(str(to))} IMAGES --out predictions.csv")
+
+
+def _predict(folder: Path, images: list[str], out: Path, **how: object) -> None:
+    from lib.predict import predict
+
+    rows = predict(folder, images, out, **how)
+    bad = [row for row in rows if row["reason"]]
+    moved = sum(row["class"] != row["zero_shot"] for row in rows if row["zero_shot"])
+    print(f"{out}: rows {len(rows)}, of which with another answer than zero-shot CLIP's {moved}")
+    print(
+        f"images that could not be decoded: {len(bad)}", *(f"  {row['path']}: {row['reason']}" for row in bad), sep="\n"
+    )
 
 
 def _extract(dataset: str, encoders: list[str], splits: list[str] | None, **options: object) -> None:

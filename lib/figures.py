@@ -6,11 +6,14 @@ reproducible: the same numbers give the same bytes, as png for reading and as sv
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 
+import ipywidgets
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -20,7 +23,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import Bbox
 
+from lib import fusion, metrics
 from lib.files import replace_file
+from lib.metrics import Classes, Labels, Logits
 
 COLUMN, PAGE = 8 / 2.54, 17 / 2.54  # the two widths of a figure in inches: a paper's column, and its page
 ACCENT = "#c8321e"
@@ -203,3 +208,39 @@ def heat_map(
     sns.heatmap(table.astype(float), ax=ax, annot=numbers, fmt="", annot_kws={"fontsize": 6}, cbar=False, **look)
     ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0, rotation=0)
+
+
+def draw_fusion(s0: Logits, bias: Logits, y: Labels, classes: Classes, beta: float, rho: float) -> Figure:
+    """Gain of `s0 + beta u(s0) bias` over beta, and the images it repairs and breaks at one beta and rho."""
+    betas, labelled = np.geomspace(0.01, 100, 49), int((y >= 0).sum())
+    zero_shot = metrics.accuracy(s0, y, classes)
+    rule = partial(fusion.uncertain, rho=rho)
+    repaired, broken = map(len, metrics.repaired_and_broken(s0, rule(s0, bias, beta=beta), y, classes))
+    fig, (ax, side) = plt.subplots(1, 2, figsize=(PAGE, 2.2), width_ratios=(2, 1))
+    for weighted, ink in ((partial(fusion.uncertain, rho=0.0), "#b0b0b0"), (rule, ACCENT)):
+        over = fusion.accuracy_over_beta(weighted, s0, bias, y, betas.tolist(), classes)
+        ax.plot(betas, 100 * (np.array(over) - zero_shot), color=ink)
+    ax.plot(beta, 100 * (repaired - broken) / labelled, "o", color=ACCENT, mec="k")
+    title = f"β = {beta:.3g}, ρ = {rho:.2f}: {100 * zero_shot + 100 * (repaired - broken) / labelled:.1f} %"
+    ax.set(xscale="log", xlabel="β (grey: ρ = 0)", ylabel="gain over zero-shot (points)", title=title)
+    side.barh(["repaired", "broken"], [repaired, broken], color=["black", "#b0b0b0"])
+    side.invert_yaxis()
+    side.set(xlabel="test images", title=f"net {repaired - broken:+d} of {labelled}")
+    return fig
+
+
+def explore_fusion(
+    s0: Logits, bias: Logits, y: Labels, classes: Classes = None, beta: float = 5.0
+) -> ipywidgets.interactive | None:
+    """Sliders of beta and rho over `draw_fusion`; in a headless run, LOGIT_BIAS_RUN, its picture at rho = 0.4 alone.
+
+    On test images they are there to understand, not to choose by.
+    """
+    draw = partial(draw_fusion, s0, bias, y, classes)
+    if "LOGIT_BIAS_RUN" in os.environ:
+        draw(beta, 0.4)
+        return None
+    once = {"continuous_update": False}
+    log_beta = ipywidgets.FloatLogSlider(beta, min=-2, max=2, step=0.05, description="β", **once)
+    rho = ipywidgets.FloatSlider(0.4, min=0.0, max=2.0, step=0.05, description="ρ", **once)
+    return ipywidgets.interactive(lambda beta, rho: draw(beta, rho) and None, beta=log_beta, rho=rho)

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,18 @@ def file_hash(path: Path) -> str:
 def _file_hash(path: Path, *_: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def commit() -> str:
+    """Commit of the workbook, with `+` where files differ from it, the gallery aside; empty outside a checkout."""
+    command = "git status --porcelain=v2 --branch -- . :(exclude)figures/*.*g :(exclude)figures/*.json"
+    try:
+        lines = subprocess.run(
+            command.split(), cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return lines[0].removeprefix("# branch.oid ") + "+" * any(not line.startswith("#") for line in lines)
 
 
 @contextmanager

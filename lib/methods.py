@@ -19,17 +19,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, product
+from pathlib import Path
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lib import fusion, metrics, predictors
+from lib import fusion, metrics, predictors, saved
 from lib.files import nearest
 from lib.metrics import Logits
 from lib.predictors import training
-from lib.tasks import PROTOCOLS, FewShotTask, Split
+from lib.splits import Split
+from lib.tasks import PROTOCOLS, FewShotTask
 
 SMALL = 2**21  # zero-shot logits of a support, C^2 K of them; larger tasks fill memory and cores by themselves
 Setting = Mapping[str, object]
@@ -155,6 +157,8 @@ class Method:
     chosen_: dict[str, object] = field(init=False)  # hyper-parameters that the protocol chose, empty under `fixed`
     settings_: dict[str, object] = field(init=False)  # all; of a name that predictor and fusion have, the fusion's
     val_accuracy_: float | None = field(init=False)  # of the choice, in [0, 1], on the images it was made on
+    text_: Float[Tensor, "C D"] | None = field(init=False)  # of the task it was fitted on, as the facts
+    facts_: dict[str, object] = field(init=False)
 
     def __repr__(self) -> str:
         params = ", ".join(f"{key}={value!r}" for key, value in self.fixed_params.items())
@@ -183,6 +187,7 @@ class Method:
         self.predictor_ = fitted[first].with_params(**late[second])
         self.chosen_ = before[first] | after[second] | ({} if beta is None else {"beta": beta})
         self.settings_ = entry.arguments() | self.fixed_params | self.chosen_
+        self.text_, self.facts_ = task.text, task.facts()
         return self
 
     def bias(self, split: Split) -> Logits:  # before the fusion
@@ -191,6 +196,9 @@ class Method:
     def logits(self, split: Split) -> Logits:  # after it
         rule = self.entry.fusion
         return rule(split.zero_shot, self.bias(split), **_only(rule.defaults, self.settings_))
+
+    def save(self, folder: str | Path) -> Path:  # see `saved.write`, and `load`
+        return saved.write(self, Path(folder))
 
     def _open(self, grid: Mapping[str, Sequence]) -> dict[str, Sequence]:
         """The part of a grid that the protocol has to choose from."""
@@ -236,6 +244,15 @@ def build(name: str, protocol: str = "val", **fixed_params: object) -> Method:
         if key not in entry.arguments():
             raise ValueError(f"{name} has no hyper-parameter {key!r}; {nearest(key, entry.arguments())}")
     return Method(name, entry, protocol, fixed_params)
+
+
+def load(folder: str | Path, encoders: Sequence[str] = ()) -> Method:
+    """A fitted method as `Method.save` wrote it; refused if a byte or the weights of an encoder have changed.
+
+    `encoders`, CLIP's first, are their names now, where the same weights lie under others. A bank's are not checked.
+    """
+    card, fitted = saved.read(Path(folder), encoders)
+    return saved.restore(build(card["method"], card["protocol"], **card["fixed_params"]), card["triple"], fitted)
 
 
 def offered(task: FewShotTask) -> list[str]:

@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from lib.files import ROOT, locked, nearest, one_line, write_json
+from lib.files import ROOT, commit, locked, nearest, one_line, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +41,7 @@ VERSIONED = ("torch", "open_clip_torch", "timm", "numpy", "scikit-learn", "paper
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 LEAST = {"shots": 1, "seeds": 1, "epochs": 1, "batch_size": 1, "at_once": 1, "bins": 1, "val_shots": 0, "views": 0}
 CHOICES = {"protocol": ("val", "fixed", "oracle"), "precision": ("fp32", "bf16")}
+FAR = 2.0  # points by which a zero-shot accuracy may differ from the published one without a warning
 TIMEOUT_S = 3600  # per cell; a cell that takes longer hangs
 _claims: dict[Path, FileLock] = {}  # folders that this kernel fills by hand
 
@@ -93,18 +93,6 @@ def check_parameters(notebook: str, given: Mapping[str, object]) -> dict[str, ob
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{notebook}: {name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     return {name: type_(given.get(name, default)) for name, (type_, default) in parameters.items()}
-
-
-def commit() -> str:
-    """Commit of the workbook, with `+` where files differ from it, the gallery aside; empty outside a checkout."""
-    command = "git status --porcelain=v2 --branch -- . :(exclude)figures/*.*g :(exclude)figures/*.json"
-    try:
-        lines = subprocess.run(
-            command.split(), cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return lines[0].removeprefix("# branch.oid ") + "+" * any(not line.startswith("#") for line in lines)
 
 
 @dataclass(frozen=True)
@@ -185,6 +173,7 @@ def execute(notebook: str, parameters: Mapping[str, object], folder: Path, attem
     """
     checked = check_parameters(notebook, parameters)
     os.environ["LOGIT_BIAS_RUN"] = str(folder.resolve())
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # its bars are widgets in a kernel, and stall without a browser
     os.environ["LOGIT_BIAS_CWD"] = str(Path.cwd())  # the kernel runs in ROOT; relative paths are the caller's
     if driver := os.environ.get("LOGIT_BIAS_DRIVER"):
         threading.Thread(target=_end_with, args=[int(driver)], daemon=True).start()
@@ -270,3 +259,19 @@ def join_published(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     compared = ours.assign(shots_run=ours["shots"], shots=ours["shots"].where(ours["method"] != "Zero-shot CLIP", 0))
     joined = compared.merge(theirs, on=keys).assign(difference=lambda rows: rows["mean"] - rows["value"])
     return joined.assign(shots=joined["shots_run"]).drop(columns="shots_run")
+
+
+def check_zero_shot(dataset: str, encoder: str, measured: Mapping[str, float]) -> pd.DataFrame:
+    """Zero-shot accuracies of ours, in % by metric, beside open_clip's for the same weights and data set.
+
+    Columns metric, ours, published, difference (points), far (whether by more than FAR) and note; no row where
+    data/published.csv has none. A wrong prompt, activation or label order shows here before any few-shot number.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(ROOT / "data" / "published.csv")
+    rows = table[(table["clip_backbone"] == encoder) & (table["dataset"] == dataset.partition("@")[0])]
+    rows = rows.assign(ours=rows["metric"].map(measured).astype(float)).rename(columns={"value": "published"})
+    rows = rows.assign(difference=rows["ours"] - rows["published"])
+    rows = rows.assign(far=rows["difference"].abs() > FAR)
+    return rows[["metric", "ours", "published", "difference", "far", "note"]]

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lib.tasks import FewShotTask, Split
+from lib.splits import Split
+from lib.tasks import FewShotTask
 
 
 def subset_support(task: FewShotTask, counts: Int64[Tensor, " C"]) -> FewShotTask:

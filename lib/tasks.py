@@ -5,44 +5,20 @@ L2-normalised here, once: all modules below work on unit rows, while features on
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from lib.features import LOGIT_SCALE, FeatureBank, Features, TextFeatures, datasets, load_many, load_text, open_bank
+from lib import splits
+from lib.features import FeatureBank, Features, TextFeatures, datasets, load_many, load_text, open_bank
+from lib.features.load import identify
+from lib.splits import Arrays, Split
 
 PROTOCOLS = ("val", "fixed", "oracle")
-Arrays = Mapping[str, Any]  # tensors, arrays or lists
-
-
-@dataclass(frozen=True)
-class Split:
-    """One part of a task; row i of every field is the same image."""
-
-    clip: Float[Tensor, "n D"]  # unit rows from CLIP's image tower
-    aux: Float[Tensor, "n Da"]  # unit rows from the auxiliary encoder
-    y: Int64[Tensor, " n"]  # class index; in a test part also -1, an image of a class that the task has not
-    zero_shot: Float[Tensor, "n C"]  # 100 x cosine to the class texts, `s0` in the formulas; zeros without texts
-    classes: Int64[Tensor, " M"] | None = None  # predictions are an argmax over these: the test set's (None: all)
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def features(self, kind: str) -> Float[Tensor, "n d"]:
-        """Rows that a predictor is fed: `clip`, `aux` or `clip+aux` (both, each weighing one half)."""
-        if kind not in ("clip", "aux", "clip+aux"):
-            raise ValueError(f"features are 'clip', 'aux' or 'clip+aux', not {kind!r}")
-        return torch.cat([self.clip, self.aux], dim=1) * 0.5**0.5 if kind == "clip+aux" else getattr(self, kind)
-
-    def rows(self, index: Int64[Tensor, " m"]) -> "Split":
-        """The chosen rows as a split of their own."""
-        return Split(self.clip[index], self.aux[index], self.y[index], self.zero_shot[index], self.classes)
 
 
 @dataclass(frozen=True)
@@ -60,6 +36,7 @@ class FewShotTask:
     views: tuple[Split, ...] = ()  # augmented renderings of the support, row for row
     rows: Int64[Tensor, " n"] | None = None  # the support's rows in the training part, ascending; None from arrays
     prompts: Float[Tensor, "C P D"] | None = None  # unit rows of each class's prompts; None where they are not apart
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of the features, see TaskSource
 
     @property
     def num_classes(self) -> int:
@@ -68,6 +45,11 @@ class FewShotTask:
     @property
     def counts(self) -> Int64[Tensor, " C"]:  # support images of each class
         return torch.bincount(self.support.y, minlength=self.num_classes)
+
+    def facts(self) -> dict[str, Any]:
+        """What a fitted method must remember of its task, beside the texts."""
+        facts = {"task": self.name, "shots": self.shots, "seed": self.seed, "classnames": list(self.classnames)}
+        return {**facts, "support_images": len(self.support), "val_images": len(self.val or ()), **self.origin}
 
     @classmethod
     def from_arrays(
@@ -85,7 +67,7 @@ class FewShotTask:
         views: Sequence[Arrays] = (),  # augmented renderings of the support, in its row order
     ) -> "FewShotTask":
         """A task from plain arrays: features of any scale, labels as integers; what does not fit is refused."""
-        text = None if text is None else _unit(text, f"{name}: text features")
+        text = None if text is None else splits.unit(text, f"{name}: text features")
         named = {"text": text, "classnames": classnames, "num_classes": range(num_classes) if num_classes else None}
         sizes = {what: len(classes) for what, classes in named.items() if classes is not None}
         if len(set(sizes.values())) != 1:
@@ -94,7 +76,9 @@ class FewShotTask:
         arrays = {"support": support, "test": test} | ({} if val is None else {"val": val})
         arrays |= {f"view {i}": view for i, view in enumerate(views)}
         with_aux = any("aux" in part for part in arrays.values())
-        parts = {part: _split(given, text, len(names), with_aux, name, part) for part, given in arrays.items()}
+        parts = {
+            part: splits.make_split(given, text, len(names), with_aux, name, part) for part, given in arrays.items()
+        }
         widths = {part: split.aux.shape[1] for part, split in parts.items()}
         if len(set(widths.values())) > 1:
             raise ValueError(f"{name}: auxiliary features have different dimensions: {widths}")
@@ -107,7 +91,7 @@ class FewShotTask:
         for part, view in parts.items():
             if not torch.equal(view.y, support.y):
                 raise ValueError(f"{name}: {part} has other labels than the support, whose rows it must follow")
-        rest = tuple(parts.values()), None, _unit_prompts(prompts, text, name)
+        rest = tuple(parts.values()), None, splits.unit_prompts(prompts, text, name)
         return cls(support, val, test, text, names, int(counts.max()), seed, name, *rest)
 
     def for_tuning(self, protocol: str) -> "FewShotTask":
@@ -137,6 +121,7 @@ class TaskSource:
     class_map: Int64[Tensor, " T"]  # for each class of the test set its index in the task, -1 for none
     encoders: tuple[str, str]  # CLIP and auxiliary; "clip" where CLIP's own features stand in for these
     fingerprints: Mapping[str, str]  # of `text` and of each `part/encoder`
+    origin: Mapping[str, Any] = field(default_factory=dict, repr=False)  # data set, encoders, prompts, fingerprints
 
     @cached_property
     def test(self) -> Split:
@@ -146,13 +131,11 @@ class TaskSource:
         return replace(self.split("test", slice(None)), classes=common if some else None)
 
     def split(self, part: str, rows: Int64[Tensor, " n"] | slice, view: int | None = None) -> Split:
-        """Some rows of a part; several auxiliary encoders' unit rows stand side by side."""
+        """Some rows of a part."""
         clip, *aux = ((f.x if view is None else f.x[view])[rows] for f in self.parts[part])
         y = self.parts[part][0].y[rows]
-        arrays = {"clip": clip, "y": self.class_map[y] if part == "test" else y}
-        if aux:
-            arrays["aux"] = aux[0] if len(aux) == 1 else torch.cat([normalize(x, dim=1) for x in aux], dim=1)
-        return _split(arrays, self.text and self.text.x, len(self.classnames), bool(aux), self.name, part)
+        arrays = splits.side_by_side(clip, aux, self.class_map[y] if part == "test" else y)
+        return splits.make_split(arrays, self.text and self.text.x, len(self.classnames), bool(aux), self.name, part)
 
 
 def encoders(dataset: str, clip: str = "auto", aux: str = "auto") -> tuple[str, tuple[str, ...]]:
@@ -210,12 +193,15 @@ def load_source(
     if need_text or not is_bank or card.has_text(clip):
         shared = {key: options[key] for key in ("device", "precision", "cache") if key in options}
         text = load_text(dataset, clip, None if templates == "auto" else templates, **shared)
-        apart, x = _unit_prompts(text.prompts, text.x, dataset), _unit(text.x, f"{dataset}: text features")
+        apart, x = splits.unit_prompts(text.prompts, text.x, dataset), splits.unit(text.x, f"{dataset}: text features")
         text, prints["text"] = replace(text, x=x, prompts=apart), text.fingerprint
+    of = {"bank": names} if is_bank else {"encoders": [identify(n, options.get("precision", "fp32")) for n in names]}
+    origin = {"dataset": dataset, "prompts": list(text.templates if text else ()), "fingerprints": prints, **of}
     codes = [getattr(one, "codes", ()) for one in (card, test_card)]
     classnames = [parts[part][0].classnames for part in ("train", "test")]
     class_map = _match(*(codes if all(codes) else classnames), f"{dataset} -> {test}")
-    return TaskSource(dataset, test, classnames[0], parts, text, class_map, (clip, ",".join(auxiliaries)), prints)
+    names = (clip, ",".join(auxiliaries))
+    return TaskSource(dataset, test, classnames[0], parts, text, class_map, names, prints, origin)
 
 
 def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> FewShotTask:
@@ -242,7 +228,8 @@ def sample(source: TaskSource, shots: int, seed: int, val_shots: int = 4) -> Few
     name = source.name if source.test_name == source.name else f"{source.name} -> {source.test_name}"
     support, rows = source.split("train", rows), rows.sort().values
     text, prompts = (source.text.x, source.text.prompts) if source.text else (None, None)
-    return FewShotTask(support, val, source.test, text, names, shots, seed, name, views, rows, prompts)
+    facts = {"rows": rows, "prompts": prompts, "origin": source.origin}
+    return FewShotTask(support, val, source.test, text, names, shots, seed, name, views, **facts)
 
 
 def draw(source: TaskSource, shots: int, seeds: int, val_shots: int = 4) -> list[FewShotTask]:
@@ -273,49 +260,3 @@ def _draw_rows(y: Int64[Tensor, " n"], count: int, generator: torch.Generator) -
     sizes = torch.bincount(y)
     place = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[order]]
     return order[place < count]
-
-
-def _tensor(values: Any) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.tensor(np.ascontiguousarray(values))
-
-
-def _unit(values: Any, what: str) -> Float[Tensor, "n d"]:
-    """Rows of length 1, float32."""
-    x = _tensor(values).float()
-    if x.ndim != 2:
-        raise ValueError(f"{what} must be rows [n, d], not {tuple(x.shape)}")
-    norms = x.norm(dim=1, keepdim=True)  # NaN or infinite where a value is
-    for wrong, fault in ((~norms.isfinite(), "hold NaN or infinite values"), (norms == 0, "are all zeros")):
-        if wrong.any():
-            raise ValueError(f"{what}: {int(wrong.sum())} of {len(x)} rows {fault}")
-    return x / norms
-
-
-def _unit_prompts(values: Any, text: Tensor | None, name: str) -> Float[Tensor, "C P D"] | None:
-    """Unit rows of each class's prompts, checked against the class texts."""
-    parts = [_unit(part, f"{name}: prompts") for part in (() if values is None else values)]
-    shapes, expected = sorted({tuple(part.shape) for part in parts}), text if text is None else tuple(text.shape)
-    if parts and (len(shapes) > 1 or (len(parts), shapes[0][1]) != expected):
-        raise ValueError(f"{name}: prompts are {shapes} in {len(parts)} classes, texts {expected}; P must be one")
-    return torch.stack(parts) if parts else None
-
-
-def _split(arrays: Arrays, text: Tensor | None, num_classes: int, with_aux: bool, name: str, part: str) -> Split:
-    """One part, checked; -1 may stand among the labels of `test` alone."""
-    what, keys = f"{name}, {part}", ("clip", "aux", "y") if with_aux else ("clip", "y")
-    if missing := [key for key in keys if key not in arrays]:
-        raise ValueError(f"{what}: needs {', '.join(keys)}; lacks {', '.join(missing)}")
-    clip, y = _unit(arrays["clip"], f"{what}: CLIP features"), _tensor(arrays["y"])
-    aux = _unit(arrays["aux"], f"{what}: auxiliary features") if with_aux else clip
-    if y.ndim != 1 or (len(y) and y.is_floating_point()):
-        raise ValueError(f"{what}: labels must be whole numbers [n], not {y.dtype} {tuple(y.shape)}")
-    if not len(clip) == len(aux) == len(y):
-        raise ValueError(f"{what}: {len(clip)} CLIP rows, {len(aux)} auxiliary rows, {len(y)} labels")
-    if text is not None and clip.shape[1] != text.shape[1]:
-        raise ValueError(f"{what}: CLIP features have {clip.shape[1]} dimensions, text features {text.shape[1]}")
-    y = y.long()
-    low, high = (int(y.min()), int(y.max())) if len(y) else (0, 0)
-    if low < (-1 if part == "test" else 0) or high >= num_classes:
-        raise ValueError(f"{what}: labels run from {low} to {high}, the task has {num_classes} classes")
-    zero_shot = torch.zeros(len(clip), num_classes) if text is None else LOGIT_SCALE * clip @ text.T
-    return Split(clip, aux, y, zero_shot, arrays.get("classes"))

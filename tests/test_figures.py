@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import figures, methods
+from lib import figures, fusion, methods, metrics
 
 
 @pytest.fixture
@@ -67,3 +67,23 @@ def test_every_method_has_a_look_of_its_own():
     assert figures.colour("amu") == figures.ACCENT and figures.marker("nobody") == figures.UNKNOWN[1]
     styles = figures.encoder_styles([f"encoder {i}" for i in range(10)])
     assert styles["encoder 0"] == styles["encoder 8"] != styles["encoder 1"]
+
+
+def test_the_sliders_of_beta_and_rho_draw_what_fusion_gives(make_task, monkeypatch):
+    task = make_task()
+    s0, y = task.test.zero_shot, task.test.y.clone()
+    bias = 50 * methods.build("aux_only", epochs=2).fit(task).bias(task.test)
+    y[:3] = -1
+    monkeypatch.delenv("LOGIT_BIAS_RUN", raising=False)
+    widget = figures.explore_fusion(s0, bias, y, beta=2.0)
+    assert [child.description for child in widget.children[:2]] == ["β", "ρ"] and widget.kwargs_widgets[0].value == 2.0
+    for beta, rho in ((2.0, 0.4), (20.0, 0.0), (100.0, 1.5)):
+        fig = figures.draw_fusion(s0, bias, y, None, beta, rho)
+        fused = fusion.uncertain(s0, bias, beta=beta, rho=rho)
+        heights = [bar.get_width() for bar in fig.axes[1].patches]
+        assert heights == [len(rows) for rows in metrics.repaired_and_broken(s0, fused, y)] and sum(heights) > 0
+        assert f"{100 * metrics.accuracy(fused, y):.1f} %" in fig.axes[0].get_title(loc="left")
+    monkeypatch.setenv("LOGIT_BIAS_RUN", "somewhere")
+    before = len(plt.get_fignums())
+    assert figures.explore_fusion(s0, bias, y) is None and len(plt.get_fignums()) == before + 1
+    plt.close("all")

@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 
 from lib import methods, predictors
 from lib.predictors import base, training
-from lib.tasks import FewShotTask, Split
+from lib.splits import Split
+from lib.tasks import FewShotTask
 
 BRIEF = {  # enough training to move, not more
     "head": {"epochs": 3},

@@ -28,7 +28,9 @@ ORDER = [
     "features.extraction",
     "features.banks",
     "features.load",
+    "features.survey",
     "features",
+    "splits",
     "tasks",
     "stress",
     "metrics",
@@ -49,14 +51,16 @@ ORDER = [
     "predictors.online",
     "predictors.transductive",
     "predictors",
+    "saved",
     "methods",
+    "predict",
     "figures",
     "runs",
     "records",
     "sweeps",
     "__main__",
 ]
-READ_FIRST = ("tasks", "fusion", "methods", "predictors.base", "predictors.training", "predictors.heads")
+READ_FIRST = ("splits", "tasks", "fusion", "methods", "predictors.base", "predictors.training", "predictors.heads")
 TOOLS = {  # run beside the library, imported nowhere; pyarrow: by pandas
     "ipykernel",
     "jupyterlab",
@@ -175,7 +179,7 @@ def test_lib_imports_no_script_of_data():
 
 def test_lib_stays_thin():
     lines = {name: len(path.read_text().splitlines()) for name, path in LIB.items()}
-    assert sum(lines.values()) < 6600
+    assert sum(lines.values()) < 7200
     assert {name: count for name, count in lines.items() if count > 330} == {}
     assert sum(lines[name] for name in READ_FIRST) < 1500
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from lib import __main__ as cli
-from lib import runs
+from lib import files, runs
 
 
 @pytest.fixture
@@ -232,7 +232,8 @@ def git(folder, *command):
 def workbook(notebook, tmp_path, monkeypatch):
     """Return a small committed workbook: one notebook that has run, a gallery with a stale figure."""
     name = notebook()
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for module in (files, runs):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / ".gitignore").write_text("runs/\n")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "97_stale.png").write_text("stale")
@@ -393,3 +394,14 @@ def test_published_numbers_are_joined_only_where_everything_agrees():
     assert joined["shots"].to_dict() == {"AMU-Tuning": 16, "Linear probe": 1, "Zero-shot CLIP": 4}
     nothing = runs.join_published(ours.assign(backbone=""), published)
     assert len(nothing) == 0 and "difference" in nothing
+
+
+def test_zero_shot_accuracies_are_checked_against_open_clips():
+    measured = {"accuracy": 60.5, "mean per-class accuracy": 80.0}
+    checked = runs.check_zero_shot("imagenet@16/1", "open_clip:RN50-quickgelu/openai", measured)
+    assert checked[["published", "far"]].values.tolist() == [[59.82, False]]
+    assert checked["difference"].iloc[0] == pytest.approx(0.68)
+    [pets] = runs.check_zero_shot("oxford_pets", "open_clip:RN50-quickgelu/openai", measured).to_dict("records")
+    assert pets["metric"] == "mean per-class accuracy" and pets["far"] and pets["difference"] == pytest.approx(-5.29)
+    for dataset, encoder in (("ucf101", "open_clip:RN50-quickgelu/openai"), ("imagenet", "embedded:clip")):
+        assert runs.check_zero_shot(dataset, encoder, measured).empty

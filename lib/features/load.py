@@ -146,6 +146,13 @@ def load_text(
     return TextFeatures(x, data.classnames, encoder, dataset, *about, apart)
 
 
+def identify(encoder: str, precision: str = "fp32") -> dict[str, str]:
+    """An encoder as a saved method remembers it: name, hash of the weights, fingerprint of all but the name."""
+    spec = resolve(encoder)
+    traits = {**make_job(spec, Path(), precision).ingredients, "encoder": ""}
+    return {"name": encoder, "weights": spec.weights_hash, "precision": precision, "fingerprint": fingerprint(traits)}
+
+
 def _from_bank(dataset: str, split: str, encoder: str) -> Features:
     bank = open_bank(dataset)
     x, y = bank.rows(split, encoder)

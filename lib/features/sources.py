@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -168,11 +168,19 @@ def _imagenet(name: str, root: Path) -> Listing:
 # ---- own images ---------------------------------------------------------------------------------------------
 
 
-def folder(path: Path) -> Listing:
+def folder(path: Path, without: Container[str] = ()) -> Listing:
     """The listing of `folder:PATH`: one sub-folder per class, or train, val and test above them.
 
-    Without those, every class is divided 50 : 20 : 30; with train and test only, a fifth of train becomes val.
+    Without those, every class is divided 50 : 20 : 30; with train and test only, a fifth of train becomes val. Images
+    in `without`, named by their path below the folder, are left out.
     """
+    labels, items = folder_items(path)
+    kept = {split: [item for item in part if item[0] not in without] for split, part in items.items()}
+    return _completed(path, labels, kept, "folders")
+
+
+def folder_items(path: Path) -> tuple[dict[str, int], dict[str, Items]]:
+    """Classes of a folder and its images by split, `all` where it has none, before anything is divided."""
     if not path.is_dir():
         raise ValueError(f"no folder {path}")
     parts = _split_folders(path) or {"all": path}
@@ -183,9 +191,9 @@ def folder(path: Path) -> Listing:
         if extra:
             raise ValueError(f"{path}: {split} has class {min(extra)!r}, train has not")
     if not labels:
-        raise ValueError(f"{path}: no class folders")
+        raise ValueError(f"{path}: no class folders; the images of a class lie in a sub-folder of its name")
     items = {split: _items(path, place, {n: labels[n] for n in classes[split]}) for split, place in parts.items()}
-    return _completed(path, labels, items, "folders")
+    return labels, items
 
 
 def _split_folders(path: Path) -> dict[str, Path]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lib import metrics
 from lib.predictors import training
-from lib.tasks import FewShotTask, Split
+from lib.splits import Split
+from lib.tasks import FewShotTask
 
 
 @dataclass(eq=False)

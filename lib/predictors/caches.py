@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from lib import fusion
 from lib.predictors import training
 from lib.predictors.base import GroupPredictor, Predictor, group_settings, random_weight, row_orders
-from lib.tasks import LOGIT_SCALE, FewShotTask, Split
+from lib.splits import LOGIT_SCALE, Split
+from lib.tasks import FewShotTask
 
 CHUNK = 2048  # images compared with the whole support at a time, so that memory stays bounded
 

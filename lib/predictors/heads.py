@@ -16,7 +16,8 @@ from lib import fusion, metrics
 from lib.predictors import convex, training
 from lib.predictors.base import GroupPredictor, Predictor, initial_weight, row_orders
 from lib.predictors.training import Orders
-from lib.tasks import FewShotTask, Split
+from lib.splits import Split
+from lib.tasks import FewShotTask
 
 PER_HEAD = ("init", "lam", "beta", "confidence", "rho", "on", "constant", "select_epoch", "keep_epochs")
 

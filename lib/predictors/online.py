@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lib.predictors.base import Predictor
 from lib.predictors.caches import kernel
-from lib.tasks import FewShotTask, Split
+from lib.splits import Split
+from lib.tasks import FewShotTask
 
 
 @dataclass(eq=False)

@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 from lib import metrics
 from lib.predictors.base import Predictor
 from lib.predictors.heads import GDA
-from lib.tasks import LOGIT_SCALE, FewShotTask, Split
+from lib.splits import LOGIT_SCALE, Split
+from lib.tasks import FewShotTask
 
 
 @dataclass(eq=False)

@@ -16,7 +16,8 @@ from lib import metrics
 from lib.predictors import training
 from lib.predictors.base import Predictor, random_weight, row_orders
 from lib.predictors.training import Orders
-from lib.tasks import LOGIT_SCALE, FewShotTask, Split
+from lib.splits import LOGIT_SCALE, Split
+from lib.tasks import FewShotTask
 
 
 @dataclass(eq=False)

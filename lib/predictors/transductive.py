@@ -15,7 +15,8 @@ from torch.nn.functional import normalize, one_hot
 from lib import metrics
 from lib.predictors.base import Predictor
 from lib.predictors.caches import CHUNK, class_sums, kernel
-from lib.tasks import LOGIT_SCALE, FewShotTask, Split
+from lib.splits import LOGIT_SCALE, Split
+from lib.tasks import FewShotTask
 
 
 @dataclass(eq=False)
