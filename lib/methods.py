@@ -247,10 +247,7 @@ def build(name: str, protocol: str = "val", **fixed_params: object) -> Method:
 
 
 def load(folder: str | Path, encoders: Sequence[str] = ()) -> Method:
-    """A fitted method as `Method.save` wrote it; refused if a byte or the weights of an encoder have changed.
-
-    `encoders`, CLIP's first, are their names now, where the same weights lie under others. A bank's are not checked.
-    """
+    """A fitted method as `Method.save` wrote it; `encoders`, CLIP's first, are their names where these have changed."""
     card, fitted = saved.read(Path(folder), encoders)
     return saved.restore(build(card["method"], card["protocol"], **card["fixed_params"]), card["triple"], fitted)
 

@@ -75,6 +75,7 @@ def subset_classes(task: FewShotTask, classes: Int64[Tensor, " c"]) -> FewShotTa
         val=part(task.val) if task.val else None,
         test=part(task.test, foreign=True) if task.test else None,
         text=None if task.text is None else task.text[classes],
+        prompts=None if task.prompts is None else task.prompts[classes],
         classnames=tuple(task.classnames[c] for c in listed),
         shots=int(task.counts[classes].max()),
         views=tuple(part(view) for view in task.views),

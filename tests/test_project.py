@@ -60,7 +60,7 @@ ORDER = [
     "sweeps",
     "__main__",
 ]
-READ_FIRST = ("splits", "tasks", "fusion", "methods", "predictors.base", "predictors.training", "predictors.heads")
+READ_FIRST = ("tasks", "fusion", "methods", "predictors.base", "predictors.training", "predictors.heads")
 TOOLS = {  # run beside the library, imported nowhere; pyarrow: by pandas
     "ipykernel",
     "jupyterlab",
