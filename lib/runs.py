@@ -113,11 +113,13 @@ class Run:
 
     def record(self, metrics: Mapping, fingerprints: Mapping | None = None, **facts: object) -> None:
         """Write `metrics.json`, last and in one step; NaN, a quantity that does not exist, becomes null."""
-        import torch
-
+        torch = sys.modules.get("torch")  # a notebook that has not loaded it computes nothing on a device
         record = {"notebook": self.notebook, "parameters": dict(self.parameters), "metrics": dict(metrics)}
-        record |= {"fingerprints": dict(fingerprints or {}), "device": "cuda" if torch.cuda.is_available() else "cpu"}
-        record |= {"threads": torch.get_num_threads(), "python": platform.python_version()}
+        device, threads = (
+            ("cuda" if torch.cuda.is_available() else "cpu", torch.get_num_threads()) if torch else ("", 1)
+        )
+        record |= {"fingerprints": dict(fingerprints or {}), "device": device, "threads": threads}
+        record |= {"python": platform.python_version()}
         record |= {"versions": {name: version(name) for name in VERSIONED}, "commit": self.commit}
         record |= {"seconds": round(time.time() - self.started, 1), **facts}
         special = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -83,7 +83,7 @@ def start(place: Path, *words: str, profile: str = "local", **more: str) -> subp
 
 def snakemake(place: Path, *words: str, **more: str) -> tuple[int, str]:
     process = start(place, *words, **more)
-    output, _ = process.communicate(timeout=1200)
+    output, _ = process.communicate(timeout=2400)
     return process.returncode, output
 
 
