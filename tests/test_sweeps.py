@@ -298,6 +298,18 @@ def test_two_hundred_runs_with_failures_end_in_the_table_of_an_undisturbed_sweep
 
 
 @pytest.mark.stress
+def test_the_sweep_of_the_readme_runs_as_printed(tmp_path):
+    text = (ROOT / "README.md").read_text().split("## Sweeps")[1].split("\n## ")[0]
+    commands = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("    .venv/bin/")]
+    assert len(commands) == 4
+    for command in commands:
+        subprocess.run(command, shell=True, cwd=ROOT, check=True)
+    table = pd.read_parquet(ROOT / "runs/methods/results.parquet")
+    assert len(table.drop_duplicates(records.KEYS)) >= 36 * 3, "six methods, two data sets, three shots, three seeds"
+    assert (ROOT / "runs/06_benchmark_methods/metrics.json").exists()
+
+
+@pytest.mark.stress
 def test_sixteen_runs_that_start_at_once_all_finish(workbook):
     file = sweep(workbook, GRID.format(a="1, 2, 3, 4", b="1, 2, 3, 4"))
     code, output = snakemake(workbook, "--configfile", file, "--cores", "16")
