@@ -306,7 +306,7 @@ def test_the_sweep_of_the_readme_runs_as_printed(tmp_path):
         subprocess.run(command, shell=True, cwd=ROOT, check=True)
     table = pd.read_parquet(ROOT / "runs/methods/results.parquet")
     assert len(table.drop_duplicates(records.KEYS)) >= 36 * 3, "six methods, two data sets, three shots, three seeds"
-    assert (ROOT / "runs/06_benchmark_methods/metrics.json").exists()
+    assert (ROOT / "runs/swept/metrics.json").exists()
 
 
 @pytest.mark.stress
