@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from filelock import FileLock, Timeout
 
@@ -179,7 +180,7 @@ def execute(notebook: str, parameters: Mapping[str, object], folder: Path, attem
     os.environ["LOGIT_BIAS_CWD"] = str(Path.cwd())  # the kernel runs in ROOT; relative paths are the caller's
     if driver := os.environ.get("LOGIT_BIAS_DRIVER"):
         threading.Thread(target=_end_with, args=[int(driver)], daemon=True).start()
-    with locked(folder, "--folder"):
+    with locked(folder, "--folder"), patch.dict(os.environ, here | {"LOGIT_BIAS_RUN": str(folder.resolve())}):
         unfinished, why = folder / "unfinished.ipynb", folder / "error.txt"
         for stale in (folder / "metrics.json", folder / f"{notebook}.ipynb", unfinished, why):
             stale.unlink(missing_ok=True)
