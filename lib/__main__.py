@@ -86,9 +86,9 @@ def _encoder_options(add: Callable) -> None:
 def _run(notebook: str, p: list[list[str]], folder: Path | None, lenient: bool) -> None:
     notebook = runs.notebook_path(notebook).stem
     types = {name: type_ for name, (type_, _) in runs.declared(notebook).items()}
-    given = {name: _typed(text, types.get(name, str)) for name, text in p if name in types or not lenient}
+    parameters = {name: _typed(text, types.get(name, str)) for name, text in p if name in types or not lenient}
     folder = folder or runs.ROOT / "runs" / notebook
-    print(f"{notebook}: {runs.execute(notebook, given, folder)['seconds']} s -> {folder}")
+    print(f"{notebook}: {runs.execute(notebook, parameters, folder)['seconds']} s -> {folder}")
 
 
 def _typed(text: str, type_: type) -> object:
@@ -105,10 +105,10 @@ def _summary(folder: Path) -> None:
     records = runs.read_records(folder / "05_tune_amu")
     if not records:
         raise ValueError(f"no metrics.json in {folder / '05_tune_amu'}: notebook 05 has not finished")
-    given, rows = records[0]["parameters"], records[0]["metrics"]["accuracy"]
+    asked, rows = records[0]["parameters"], records[0]["metrics"]["accuracy"]
     cells = {title: {int(k): _interval(**cell) for k, cell in row.items()} for title, row in rows.items()}
-    print(f"\nTest accuracy in % on {given['dataset']}, mean and 95 % interval over {given['seeds']} seeds, by shots;")
-    print(f"hyper-parameters chosen by protocol '{given['protocol']}'\n")
+    print(f"\nTest accuracy in % on {asked['dataset']}, mean and 95 % interval over {asked['seeds']} seeds, by shots;")
+    print(f"hyper-parameters chosen by protocol '{asked['protocol']}'\n")
     print(pd.DataFrame(cells).T.sort_index(axis=1).to_string())
     print(f"\nexecuted notebooks and figures: {folder}/NN_name/\n")
 

@@ -92,7 +92,7 @@ def table(folders: Sequence[Path]) -> pd.DataFrame:
     Raises:
         ValueError: a folder that is not there, or no record with rows in any of them.
     """
-    found: list[dict] = []
+    all_rows: list[dict] = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}")
@@ -101,13 +101,13 @@ def table(folders: Sequence[Path]) -> pd.DataFrame:
             shared = {"test": record["parameters"].get("test", ""), "notebook": record["notebook"]}
             shared |= {"commit": record["commit"], "fingerprints": json.dumps(record["fingerprints"], sort_keys=True)}
             shared |= {"run": path.parent.relative_to(folder).as_posix()}
-            found += [
+            all_rows += [
                 {"val": None} | row | shared | {"chosen": json.dumps(row["chosen"])} for row in record.get("rows", [])
             ]
-    if not found:
+    if not all_rows:
         where = ", ".join(map(str, folders))
         raise ValueError(f"no record with rows per seed below {where}; notebooks 05 and 06 keep them")
-    gathered = pd.DataFrame(found).drop_duplicates(KEYS, keep="last").sort_values(KEYS, ignore_index=True)
+    gathered = pd.DataFrame(all_rows).drop_duplicates(KEYS, keep="last").sort_values(KEYS, ignore_index=True)
     gathered["val"] = pd.to_numeric(gathered["val"])
     gathered["backbone"] = gathered["clip"].map(published_backbone)
     published = pd.read_csv(ROOT / "data" / "published.csv")

@@ -136,12 +136,12 @@ def start(notebook: str, namespace: MutableMapping[str, object]) -> Run:
     an unknown name; an int that it made of a text (`-p templates 7`) is put back.
     """
     types = {name: type_ for name, (type_, _) in declared(notebook).items()}
-    given = {name: namespace[name] for name in types if name in namespace}
+    values = {name: namespace[name] for name in types if name in namespace}
     for source in namespace.get("In", []):
         if source.startswith("# Parameters"):  # the cell that papermill injects
-            given |= {t.id: namespace[t.id] for line in ast.parse(source).body for t in getattr(line, "targets", [])}
-    given = {name: str(v) if types.get(name) is str and type(v) is int else v for name, v in given.items()}
-    parameters = check_parameters(notebook, given)
+            values |= {t.id: namespace[t.id] for line in ast.parse(source).body for t in getattr(line, "targets", [])}
+    values = {name: str(v) if types.get(name) is str and type(v) is int else v for name, v in values.items()}
+    parameters = check_parameters(notebook, values)
     namespace.update(parameters)
     warnings.filterwarnings("ignore", "IProgress not found")  # progress is plain text here, widgets are not wanted
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]

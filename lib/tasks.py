@@ -77,7 +77,7 @@ class FewShotTask:
         arrays |= {f"view {i}": view for i, view in enumerate(views)}
         with_aux = any("aux" in part for part in arrays.values())
         parts = {
-            part: splits.make_split(given, text, len(names), with_aux, name, part) for part, given in arrays.items()
+            part: splits.make_split(array, text, len(names), with_aux, name, part) for part, array in arrays.items()
         }
         widths = {part: split.aux.shape[1] for part, split in parts.items()}
         if len(set(widths.values())) > 1:

@@ -156,7 +156,7 @@ def test_03_compare_logit_predictors(record):
     assert set(gain["clip"]) ^ set(gain["aux"]) == {"text probe", "MLP"} and len(gain["clip"]) == 7
     assert max(gain["clip"].values()) > 3, "two digits of each class help on handwriting"
     assert set(metrics["verdicts"]["aux"]) == set(gain["aux"]) - {"two-branch head"}
-    assert {said for part in metrics["verdicts"].values() for said in part.values()} <= {"better", "worse", "tie"}
+    assert {verdict for part in metrics["verdicts"].values() for verdict in part.values()} <= {"better", "worse", "tie"}
     assert learned["cache"] == 0 < kept["cache"] and 0 < learned["two-branch head"] < learned["MLP"]
     assert set(metrics["published_order"]) == {"LP", "MLP", "cache, random init"}
     assert metrics["gain"]["aux"]["two-branch head"] == pytest.approx(metrics["fused"]["mean"]["0.5"])
@@ -168,10 +168,10 @@ def test_03_compare_logit_predictors(record):
 
 @pytest.mark.parametrize("real", [False, True])
 def test_04_compare_logit_fusions(record, request, real):
-    given = {}
+    which = {}
     if real:
-        given = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2", "shots": 2}
-    metrics = record("04_compare_logit_fusions", **given)
+        which = {"dataset": f"features:{request.getfixturevalue('caltech70')}", "aux": "aux_mobilenet_v2", "shots": 2}
+    metrics = record("04_compare_logit_fusions", **which)
     accuracy, weights = metrics["accuracy"], metrics["weights"]
     assert set(accuracy) == {*fusion.FUSIONS, "zero-shot", "additive (β by cross-entropy)"}
     assert accuracy["zero-shot"] < accuracy["additive"] <= metrics["either"]

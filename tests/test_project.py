@@ -267,6 +267,17 @@ def test_notebooks_keep_their_form(path):
     assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3"
 
 
+BANNED = {"found", "known", "told", "shown", "said", "given"}  # a variable is named for what it holds
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted((ROOT / "lib").rglob("*.py"))], ids=lambda p: p.stem)
+def test_variables_say_what_they_hold(path):
+    cells = nbformat.read(path, as_version=4).cells if path.suffix == ".ipynb" else []
+    sources = [cell.source for cell in cells if cell.cell_type == "code"] or [path.read_text()]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    assert [node.id for node in nodes if isinstance(node.ctx, ast.Store) and node.id in BANNED] == []
+
+
 def test_every_notebook_has_a_test_that_executes_it():
     text = (ROOT / "tests" / "test_notebooks.py").read_text()
     assert [p.stem for p in NOTEBOOKS if p.stem not in text] == []

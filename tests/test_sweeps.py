@@ -175,9 +175,9 @@ def inject(place: Path, faults: dict[str, str]) -> dict[str, str]:
 def test_a_sweep_goes_on_past_failures_and_ends_as_if_nothing_had_happened(workbook):
     file, grid = sweep(workbook, GRID.format(a="1, 2", b="1, 2, 3")), workbook / "runs/grid/01_tiny"
     faults = inject(workbook, {"1-1": "raise", "1-3": "kill", "2-2": "full"})
-    code, said = snakemake(workbook, "--configfile", file, **faults)
-    assert code != 0 and "3 runs did not finish" in said, said
-    lines = [line for line in said.splitlines() if line.startswith("  runs/grid/01_tiny")]
+    code, output = snakemake(workbook, "--configfile", file, **faults)
+    assert code != 0 and "3 runs did not finish" in output, output
+    lines = [line for line in output.splitlines() if line.startswith("  runs/grid/01_tiny")]
     assert "a=1/b=1: 01_tiny: RuntimeError: injected into 1, 1; see" in lines[0]
     assert "a=1/b=3: 01_tiny: Kernel died" in lines[1]
     assert lines[2].endswith("a=2/b=2: [Errno 28] No space left on device")
@@ -185,18 +185,18 @@ def test_a_sweep_goes_on_past_failures_and_ends_as_if_nothing_had_happened(workb
     assert not (grid / "a=1/b=1/metrics.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in grid.rglob("metrics.json")}
     assert len(finished) == 3
-    code, said = snakemake(workbook, "--configfile", file, "--dry-run", **faults)
-    assert code == 0 and "3 of 6 to run" in said
-    assert "b=1: to run, others of 01_tiny took" in said and "b=2: finished, took" in said, said
-    code, said = snakemake(workbook, "--configfile", file, **faults)
-    assert code == 0, said
+    code, output = snakemake(workbook, "--configfile", file, "--dry-run", **faults)
+    assert code == 0 and "3 of 6 to run" in output
+    assert "b=1: to run, others of 01_tiny took" in output and "b=2: finished, took" in output, output
+    code, output = snakemake(workbook, "--configfile", file, **faults)
+    assert code == 0, output
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "only what was missing"
     assert not list(grid.rglob("unfinished.ipynb")) + list(grid.rglob("error.txt"))
     gathered = records.table([workbook / "runs/grid"])
     assert list(gathered["accuracy"]) == [1.01, 1.02, 1.03, 2.01, 2.02, 2.03]
     assert set(gathered["dataset"]) == {"folder:it's a {b}"}
     shutil.rmtree(grid / "a=1/b=2/figures")
-    code, said = snakemake(workbook, "--configfile", file)
+    code, output = snakemake(workbook, "--configfile", file)
     assert code == 0 and (grid / "a=1/b=2/figures").is_dir(), "a deleted folder is drawn again"
 
 
@@ -212,8 +212,8 @@ def test_a_killed_driver_takes_its_runs_along_and_the_next_one_goes_on(workbook)
             break
         time.sleep(0.1)
     assert alive(workbook)
-    code, said = snakemake(workbook, "--configfile", file)
-    assert code != 0 and "another snakemake works on runs/grid" in said, said
+    code, output = snakemake(workbook, "--configfile", file)
+    assert code != 0 and "another snakemake works on runs/grid" in output, output
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     for _ in range(100):
@@ -223,16 +223,16 @@ def test_a_killed_driver_takes_its_runs_along_and_the_next_one_goes_on(workbook)
     assert left == [], "neither runs nor kernels live on"
     driver.stdout.close()
     notebook.write_text(notebook.read_text().replace("time.sleep(2 * a)", "time.sleep(0)"))
-    code, said = snakemake(workbook, "--configfile", file)
-    assert code == 0, said
+    code, output = snakemake(workbook, "--configfile", file)
+    assert code == 0, output
     assert len(records.table([workbook / "runs"])) == 2
 
 
 def test_the_report_holds_records_and_figures_under_their_notebook(workbook):
-    code, said = snakemake(workbook)
-    assert code == 0, said
-    code, said = snakemake(workbook, "--report", "report.html")
-    assert code == 0, said
+    code, output = snakemake(workbook)
+    assert code == 0, output
+    code, output = snakemake(workbook, "--report", "report.html")
+    assert code == 0, output
     page = (workbook / "report.html").read_text()
     assert "01_tiny" in page and "metrics" in page
 

@@ -109,12 +109,12 @@ def prompts(choice: str | Prompts | None, dataset: Dataset) -> Prompts:
     if isinstance(choice, str):
         choice = ensemble(choice) if choice in ("7", "80") else _prompt_file(find_path(choice))
     if isinstance(choice, Mapping):
-        given = {plain_name(name): tuple(sentences) for name, sentences in choice.items()}
-        lacking = [name for name in dataset.classnames if not given.get(plain_name(name))]
+        texts = {plain_name(name): tuple(sentences) for name, sentences in choice.items()}
+        lacking = [name for name in dataset.classnames if not texts.get(plain_name(name))]
         if lacking:
-            sizes = f"sentences are given for {len(given)} classes, {dataset.name} has {len(dataset.classnames)}"
+            sizes = f"sentences are given for {len(texts)} classes, {dataset.name} has {len(dataset.classnames)}"
             raise ValueError(f"{sizes}; {len(lacking)} have none, first {lacking[0]!r}")
-        return {name: given[plain_name(name)] for name in dataset.classnames}
+        return {name: texts[plain_name(name)] for name in dataset.classnames}
     wrong = [template for template in choice if template.count("{}") != 1]
     if wrong or not choice:
         raise ValueError(f"a template has one {{}} for the class name; got {wrong[0]!r}" if wrong else "no templates")

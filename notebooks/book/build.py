@@ -27,9 +27,9 @@ SCALE = 5 / 3  # pixels of a page for a point of paper: a figure of a page's wid
 
 def find(folder: Path) -> list[Path]:
     """Executed notebooks of a folder of runs, or of one run."""
-    found = [path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name] or folder.glob("*.ipynb")
-    if found := sorted(found, key=lambda path: path.name):
-        return found
+    executed = [path for path in folder.glob("*/*.ipynb") if path.stem == path.parent.name] or folder.glob("*.ipynb")
+    if executed := sorted(executed, key=lambda path: path.name):
+        return executed
     raise ValueError(f"no executed notebook in {folder}: `make run` first, or name a folder of runs")
 
 
@@ -80,15 +80,15 @@ def figure(path: Path, caption: str) -> dict:
 def gallery(folder: Path, pages: list[dict]) -> list[dict]:
     """The gallery's figures, each with its entry of `index.json` and the section of this book that draws it."""
     index = runs.read_json(folder / "index.json") if (folder / "index.json").exists() else {}
-    shown = []
+    drawings = []
     for path in sorted(folder.glob("*.svg")):
         page = next((page for page in pages if page["name"][:2] == path.stem[:2]), None)
         source = index.get(path.stem, {"notebook": path.stem[:2], "commit": ""})
         drawing = page["figures"].get(path.stem) if page else None
         caption = drawing["caption"] if drawing else re.sub(r"^\d+_", "", path.stem).replace("_", " ")
         about = {"page": page, "group": page["name"] if page else source["notebook"], "commit": source["commit"]}
-        shown.append(figure(path, caption) | about | {"drawn": drawing is not None})
-    return shown
+        drawings.append(figure(path, caption) | about | {"drawn": drawing is not None})
+    return drawings
 
 
 def polish(html: str, names: set[str]) -> str:
@@ -111,7 +111,7 @@ def build(folder: Path, out: Path, figures: Path = ROOT / "figures") -> Path:
     if out.exists() and any(out.iterdir()) and not (out / "book.css").exists():
         raise ValueError(f"{out} holds something else than a book: name another folder")
     pages = [read(path) for path in find(folder)]
-    shown = gallery(figures, pages)
+    drawings = gallery(figures, pages)
     shutil.rmtree(out, ignore_errors=True)
     for name in ("figures", "gallery", "records"):
         (out / name).mkdir(parents=True)
@@ -121,11 +121,11 @@ def build(folder: Path, out: Path, figures: Path = ROOT / "figures") -> Path:
     names = {page["name"] for page in pages}
 
     def write(name: str, template: str, **values: object) -> Path:
-        html = exporter.environment.get_template(template).render(pages=pages, gallery=shown, here=name, **values)
+        html = exporter.environment.get_template(template).render(pages=pages, gallery=drawings, here=name, **values)
         (out / f"{name}.html").write_text(polish(html, names), encoding="utf-8")
         return out / f"{name}.html"
 
-    for drawing in shown:
+    for drawing in drawings:
         shutil.copy(drawing["path"], out / "gallery")
     for before, page, after in zip([None, *pages], pages, [*pages[1:], None], strict=False):
         for drawing in page["figures"].values():
@@ -135,13 +135,13 @@ def build(folder: Path, out: Path, figures: Path = ROOT / "figures") -> Path:
         body, _ = exporter.from_notebook_node(page["cells"], resources={"page": page})
         sections = re.findall(r'<h2 id="([^"]*)">(.*?)<a class="anchor-link"', body)
         write(page["name"], "page.html.j2", page=page, body=body, sections=sections, before=before, after=after)
-    write("gallery", "gallery.html.j2") if shown else None
+    write("gallery", "gallery.html.j2") if drawings else None
     return write("index", "contents.html.j2")
 
 
 if __name__ == "__main__":
-    given = [Path(text) for text in sys.argv[1:]] or [Path("runs")]
+    folders = [Path(text) for text in sys.argv[1:]] or [Path("runs")]
     try:
-        print(f"the book: {build(given[0], given[1] if given[1:] else given[0] / 'book')}")
+        print(f"the book: {build(folders[0], folders[1] if folders[1:] else folders[0] / 'book')}")
     except ValueError as error:
         sys.exit(f"error: {error}")
