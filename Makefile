@@ -21,7 +21,7 @@ book: run  ## that run and the gallery as pages that read offline: runs/book/ind
 
 test: $(BIN)/ready  ## ruff, then every test, notebooks included
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 stress: $(BIN)/ready  ## the long proofs: hundreds of runs that are killed, a real SLURM, the ends of the scale
 	$(BIN)/python -m pytest -m stress -rs

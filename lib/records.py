@@ -32,6 +32,7 @@ COLUMNS = {
     "seed": "of the draw of the support",
     "protocol": "how hyper-parameters were chosen: val, fixed or oracle (on the test images)",
     "accuracy": "on the test images, in %",
+    "val": "on the validation images, in %; empty where it was not measured",
     "chosen": "hyper-parameters that were chosen, as JSON",
     "seconds": "of the fit, beside whatever ran then",
     "published": "accuracy that the method's paper gives for data set, backbone and shots, in %",
@@ -47,13 +48,14 @@ KEYS = ["dataset", "test", "clip", "aux", "label", "shots", "seed", "protocol"]
 def rows(results: pd.DataFrame, source: TaskSource, dataset: str) -> list[dict[str, object]]:
     """Rows of `methods.compare` as a record keeps them: one per draw and label, without tensors.
 
-    `source` is what the tasks were drawn from, `dataset` its name as the run was given it.
+    `source` is what the tasks were drawn from, `dataset` its name as the run was given it. A column `judged`, the
+    accuracy on validation images in [0, 1], is kept as `val`.
     """
     encoders = dict(zip(("clip", "aux"), source.encoders, strict=False))
     return [
         {"dataset": dataset, **encoders, "method": row.method.entry.title, "label": row.label, "shots": row.shots}
         | {"seed": row.seed, "protocol": row.protocol, "accuracy": 100 * row.accuracy, "chosen": row.chosen}
-        | {"seconds": round(row.seconds, 3)}
+        | {"seconds": round(row.seconds, 3), "val": 100 * row.judged if "judged" in results else None}
         for row in results.itertuples()
     ]
 
@@ -75,11 +77,14 @@ def table(folders: Sequence[Path]) -> pd.DataFrame:
             shared = {"test": record["parameters"].get("test", ""), "notebook": record["notebook"]}
             shared |= {"commit": record["commit"], "fingerprints": json.dumps(record["fingerprints"], sort_keys=True)}
             shared |= {"run": path.parent.relative_to(folder).as_posix()}
-            found += [row | shared | {"chosen": json.dumps(row["chosen"])} for row in record.get("rows", [])]
+            found += [
+                {"val": None} | row | shared | {"chosen": json.dumps(row["chosen"])} for row in record.get("rows", [])
+            ]
     if not found:
         where = ", ".join(map(str, folders))
         raise ValueError(f"no record with rows per seed below {where}; notebooks 05 and 06 keep them")
     gathered = pd.DataFrame(found).drop_duplicates(KEYS, keep="last").sort_values(KEYS, ignore_index=True)
+    gathered["val"] = pd.to_numeric(gathered["val"])
     gathered["backbone"] = gathered["clip"].map(published_backbone)
     published = pd.read_csv(ROOT / "data" / "published.csv")
     ours = gathered[gathered["test"] == ""].assign(row=gathered.index[gathered["test"] == ""])
@@ -101,8 +106,20 @@ def write(gathered: pd.DataFrame, folder: Path) -> list[Path]:
 
 def read(path: Path) -> pd.DataFrame:
     """A table that `write` wrote, parquet or csv; a ValueError names columns that are missing."""
-    empty = {"keep_default_na": False, "na_values": {name: [""] for name in ("accuracy", "published")}}
+    empty = {"keep_default_na": False, "na_values": {name: [""] for name in ("accuracy", "val", "published")}}
     gathered = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, **empty)
     if missing := [name for name in COLUMNS if name not in gathered]:
         raise ValueError(f"{path} has no column {', '.join(missing)}; python -m lib results writes such a table")
     return gathered
+
+
+def matching(gathered: pd.DataFrame, source: TaskSource, **keys: object) -> pd.DataFrame:
+    """Rows of a table for tasks of `source`, as `methods.compare` gives them, by label; the fitted methods are None.
+
+    `keys` are further columns that must agree: dataset, test, shots, seed, protocol.
+    """
+    keys |= dict(zip(("clip", "aux"), source.encoders, strict=False))
+    ours = gathered[(gathered[list(keys)] == pd.Series(keys)).all(axis=1)]
+    columns = {"label": ours["label"], "accuracy": ours["accuracy"] / 100, "judged": ours["val"] / 100, "method": None}
+    same = {name: ours[name] for name in ("shots", "seed", "protocol", "seconds")}
+    return pd.DataFrame(columns | same | {"chosen": ours["chosen"].map(json.loads)}).set_index("label", drop=False)

@@ -26,6 +26,7 @@ SMALL = {
         "epochs": 8,
         "only": "tip_adapter,gda,clap,lp_plus_plus",
     },
+    "11_run_one_method": {"dataset": "digits", "method": "gda", "shots": 4, "seeds": 2},
 }
 
 
@@ -245,3 +246,15 @@ def test_06_benchmark_on_a_bank_of_real_features(record, caltech70):
     assert ours["zero_shot"]["1"] == pytest.approx(94.46, abs=0.01)
     assert ours["clap"]["1"] > 94.46 and ours["aux_only"]["1"] < 90
     assert rule["clip"] < rule["aux"], "MobileNet's features win the duels that CLIP's lose"
+
+
+def test_11_run_one_method(record, tmp_path):
+    metrics = record("11_run_one_method")
+    assert metrics["verdict"] in ("a gain", "a loss", "a tie")
+    assert metrics["gain"]["difference"] == pytest.approx(metrics["accuracy"]["gda"] - metrics["accuracy"]["zero_shot"])
+    net = (metrics["repaired"] - metrics["broken"]) / len(features.load("digits", "test", "embedded:clip").y)
+    assert 100 * net == pytest.approx(metrics["gain"]["difference"])
+    folder = tmp_path / "one"
+    done = runs.execute("11_run_one_method", {"dataset": "digits", "method": "cache/uncertain", "seeds": 1}, folder)
+    assert done["metrics"]["verdict"] == "–" and done["metrics"]["gain"]["half"] is None
+    assert {(row["label"], row["seed"]) for row in done["rows"]} == {("cache/uncertain", 1), ("zero_shot", 1)}

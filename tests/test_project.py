@@ -60,7 +60,12 @@ TOOLS = {  # run beside the library, imported nowhere; pyarrow: by pandas
     "snakemake-executor-plugin-kubernetes",
     "snakemake-executor-plugin-slurm",
 }
-TEST_TOOLS = {"nbstripout", "ruff", "beartype"}  # commands, and the checker that conftest names in a string
+TEST_TOOLS = {
+    "nbstripout",
+    "ruff",
+    "pytest-xdist",
+    "beartype",
+}  # commands, and the checker that conftest names in a string
 
 
 def tracked() -> list[str]:

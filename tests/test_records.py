@@ -74,3 +74,15 @@ def test_parquet_and_csv_hold_the_same(tmp_path, capsys):
     csv.drop(columns=["seed", "commit"]).to_csv(tmp_path / "short.csv")
     with pytest.raises(ValueError, match=r"short.csv has no column seed, commit"):
         records.read(tmp_path / "short.csv")
+
+
+def test_rows_of_a_table_are_matched_by_everything(tmp_path):
+    from types import SimpleNamespace
+
+    leave(tmp_path / "a", [row(), row(seed=2), row(shots=4), row(label="gda", val=90.0), row(aux="another")])
+    source = SimpleNamespace(encoders=("open_clip:RN50-quickgelu/openai", "mocov3:m.pth.tar"))
+    keys = {"dataset": "imagenet@16/1", "test": "", "shots": 16, "seed": 1, "protocol": "val"}
+    ours = records.matching(records.table([tmp_path]), source, **keys)
+    assert list(ours.index) == ["amu", "gda"] and ours.loc["gda", "judged"] == 0.9
+    assert ours.loc["amu", "accuracy"] == 0.69 and ours.loc["amu", "chosen"] == {"beta": 3.0}
+    assert records.matching(records.table([tmp_path]), source, **keys | {"protocol": "oracle"}).empty
