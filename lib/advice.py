@@ -133,8 +133,8 @@ def lead(hits: pd.DataFrame) -> pd.DataFrame:
     first = recommend(hits)
     gaps = 100 * hits.drop(columns=first).rsub(hits[first], axis=0)
     table = pd.DataFrame({"difference": gaps.mean(), "half": Z * np.sqrt(DRAW * gaps.var() / len(gaps))})
-    score = (table["difference"] * Z / table["half"]).where(table["half"] > 0)
-    table["p"] = np.where(table["difference"] == 0, 1.0, 2 * stats.norm.sf(score.abs()))
+    score = table["difference"] / np.sqrt(DRAW * (gaps**2).mean() / len(gaps))  # McNemar's, widened; 0 / 0 if all agree
+    table["p"] = 2 * stats.norm.sf(score.fillna(0.0))
     table["p_holm"] = statistics.holm(table["p"])
     return table.assign(verdict=np.where(table["p_holm"] < 0.05, "ahead", "tie"))
 
@@ -154,29 +154,32 @@ def optimism(hits: pd.DataFrame, y: Sequence[int], draws: int = 300, seed: int =
     return float((drawn.max(axis=1) - table.mean(axis=0)[best]).mean())
 
 
-def expected_accuracy(full: CrossValidated, fewer: CrossValidated | None, name: str, shots: float) -> dict[str, float]:
-    """Accuracy to expect of candidate `name`, fitted on `shots` images per class: `mean`, `low`, `high` in [0, 1] (95 %).
+def expected_accuracy(
+    hits: pd.DataFrame, y: Sequence[int], name: str, sizes: Mapping[float, pd.Series], shots: float
+) -> dict[str, float]:
+    """Accuracy to expect of candidate `name`, fitted on `shots` images per class, and its 95 % interval, in [0, 1].
 
-    error = e (e / e_fewer)^(log(shots / k) / log(k / k_fewer)) + optimism,    e the error of cross-validation at k shots
+    error = e (e / e')^(log(shots / k) / log(k / k')) + optimism,    e, e' cross-validated at k > k' shots
 
-    A fold has fewer images than the fit to come, hence the power law through two sizes (`fewer`: a smaller one, if
-    any); the best of many looks better than it is, hence `optimism`. The interval is Wilson's at the number of images
-    that would give the variance over images, widened by DRAW. It holds for new images whose classes are as frequent as
-    among the labelled ones.
+    A fold has fewer images than the fit to come, hence the power law through two of the `sizes` (shots in a fold to
+    hits of `name`; k' is the largest up to a third of k); the best of many looks better than it is, hence `optimism`.
+    The interval, `low` to `high` around `mean`, is Wilson's at the number of images that would give the variance over
+    images, widened by DRAW. It holds for new images whose classes are as frequent as among the labelled ones, `y`.
     """
-    hits = full.hits
-    value, lucky = hits[name].to_numpy(), optimism(hits, full.y[hits.index.to_numpy()].tolist())
-    gain, e = 0.0, 1 - value.mean()
-    if fewer is not None and fewer.shots < full.shots < shots:
-        few = fewer.hits.loc[hits.index, name].to_numpy()
-        power, e_few = math.log(shots / full.shots) / math.log(full.shots / fewer.shots), 1 - few.mean()
-        if 0 < e < e_few:  # each image's part in the extrapolated error, to first order
-            left = e * (e / e_few) ** power
-            gain, value = e - left, 1 - left * ((1 + power) * (1 - value) / e - power * (1 - few) / e_few)
-    mean, n = float(np.clip(value.mean() - lucky, 0, 1)), len(value)
-    spread = max(value.var() / max(mean * (1 - mean), 1e-12), 1.0)
+    value, lucky, k = hits[name].to_numpy(), optimism(hits, y), max(sizes)
+    smaller = sorted(size for size in sizes if size < k)
+    fewer = max((size for size in smaller if 3 * size <= k), default=smaller[0] if smaller else k)
+    rate, few = 1 - value.mean(), 1 - sizes[fewer].mean()
+    left = rate
+    if fewer < k < shots and 0 < rate < few:
+        power = math.log(shots / k) / math.log(k / fewer)
+        left = rate * (rate / few) ** power
+        parts = (1 + power) * (1 - value) / rate - power * (1 - sizes[fewer].to_numpy()) / few
+        value = 1 - left * parts  # each image's part in the error, to first order
+    mean, n = float(np.clip(1 - left - lucky, 0, 1)), len(value)
+    spread = max(value.var() / max(mean * (1 - mean), 1e-12), 1.0) if mean < 1 else 1.0
     low, high = wilson(mean, n / spread / DRAW)
-    return {"mean": mean, "low": low, "high": high, "images": n, "optimism": lucky, "gain": float(gain)}
+    return {"mean": mean, "low": low, "high": high, "images": n, "optimism": lucky, "gain": float(rate - left)}
 
 
 def wilson(mean: float, n: float, z: float = Z) -> tuple[float, float]:
@@ -195,21 +198,27 @@ def power_law(shots: Sequence[float], errors: Sequence[float]) -> tuple[float, f
 
 
 def forecast(hits: Mapping[float, pd.Series], at: Sequence[float], draws: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Accuracy at other numbers of shots by a `power_law` through cross-validated ones: `mean`, `low`, `high` in [0, 1].
+    """Accuracy at other numbers of shots by a `power_law` through cross-validated ones, in [0, 1], and 95 % intervals.
 
-    `hits` has the same images at each number of shots; the interval is that of the law refitted to images drawn anew,
-    widened by DRAW. It does not know whether the law still holds out there.
+    A row for each of `at`: `mean`, `low`, `high`, and the same of the gain over the first of them, `gain_mean`, ….
+    `hits` has the same images at each number of shots. The intervals are those of laws refitted to images drawn anew,
+    widened by DRAW; they do not know whether the law still holds out there.
     """
     table, sizes, rng = (
         np.stack([part.to_numpy() for part in hits.values()], axis=1),
         list(hits),
         np.random.default_rng(seed),
     )
-    centre = 1 - _law(np.array(at), *power_law(sizes, 1 - table.mean(axis=0)))
-    laws = [power_law(sizes, 1 - table[rng.integers(len(table), size=len(table))].mean(axis=0)) for _ in range(draws)]
-    drawn = np.array([1 - _law(np.array(at), *law) for law in laws])
-    low, high = (centre + DRAW**0.5 * (np.quantile(drawn, q, axis=0) - centre) for q in (0.025, 0.975))
-    return pd.DataFrame({"mean": centre, "low": low, "high": high}, index=list(at)).clip(0, 1)
+    samples = [slice(None), *(rng.integers(len(table), size=len(table)) for _ in range(draws))]
+    laws = [power_law(sizes, 1 - table[rows].mean(axis=0)) for rows in samples]
+    values = np.array([1 - _law(np.array(at), *law) for law in laws])
+    columns = {}
+    for prefix, drawn, least in (("", values, 0.0), ("gain_", values - values[:, :1], -1.0)):
+        columns[f"{prefix}mean"] = drawn[:1].mean(axis=0)
+        for name, q in (("low", 0.025), ("high", 0.975)):
+            wide = drawn[0] + DRAW**0.5 * (np.quantile(drawn[1:], q, axis=0) - drawn[0])
+            columns[f"{prefix}{name}"] = wide.clip(least, 1)
+    return pd.DataFrame(columns, index=list(at))
 
 
 def margins(logits: Float[Tensor, "n C"], y: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
