@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -193,7 +194,9 @@ def power_law(shots: Sequence[float], errors: Sequence[float]) -> tuple[float, f
     if len(shots) < 3:
         return math.nan, math.nan, math.nan
     start, bounds = (0.0, max(errors[0], 1e-3), 0.5), ([0, 0, 0], [1, 2, 2])
-    fitted, _ = optimize.curve_fit(_law, np.array(shots), np.array(errors), start, bounds=bounds, max_nfev=2000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optimize.OptimizeWarning)  # of its covariance, which is not used
+        fitted, _ = optimize.curve_fit(_law, np.array(shots), np.array(errors), start, bounds=bounds, max_nfev=2000)
     return tuple(map(float, fitted))
 
 
