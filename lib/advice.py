@@ -24,6 +24,7 @@ from torch.nn.functional import one_hot
 from lib import methods, metrics, statistics
 from lib.tasks import FewShotTask, Split
 
+Number = float | int
 Z = float(stats.norm.ppf(0.975))
 # Variance of a cross-validated accuracy around that of the saved method, over its variance over images: the labelled
 # images are also what is learned from. Measured over hundreds of draws it is 1.2 to 1.5 (tests/test_advice.py); the
@@ -41,7 +42,7 @@ def labelled(task: FewShotTask) -> Split:
 
 def places(y: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
     """Place of each row among those of its class: 0 for the first."""
-    return one_hot(y).cumsum(0).gather(1, y[:, None])[:, 0] - 1
+    return one_hot(y).cumsum(0).gather(1, y[:, None])[:, 0] - 1 if len(y) else y
 
 
 def folds(task: FewShotTask, count: int) -> Int64[Tensor, " n"]:
@@ -156,7 +157,7 @@ def optimism(hits: pd.DataFrame, y: Sequence[int], draws: int = 300, seed: int =
 
 
 def expected_accuracy(
-    hits: pd.DataFrame, y: Sequence[int], name: str, sizes: Mapping[float, pd.Series], shots: float
+    hits: pd.DataFrame, y: Sequence[int], name: str, sizes: Mapping[Number, pd.Series], shots: Number
 ) -> dict[str, float]:
     """Accuracy to expect of candidate `name`, fitted on `shots` images per class, and its 95 % interval, in [0, 1].
 
@@ -183,13 +184,13 @@ def expected_accuracy(
     return {"mean": mean, "low": low, "high": high, "images": n, "optimism": lucky, "gain": float(rate - left)}
 
 
-def wilson(mean: float, n: float, z: float = Z) -> tuple[float, float]:
+def wilson(mean: float, n: Number, z: float = Z) -> tuple[float, float]:
     """Wilson's interval of a fraction of n, which need not be whole."""
     centre, half = mean + z * z / 2 / n, z * math.sqrt(mean * (1 - mean) / n + z * z / 4 / n / n)
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def power_law(shots: Sequence[float], errors: Sequence[float]) -> tuple[float, float, float]:
+def power_law(shots: Sequence[Number], errors: Sequence[float]) -> tuple[float, float, float]:
     """Least-squares a, b, c of error = a + b shots^-c, all at least 0 and c at most 2; NaN with fewer than 3 points."""
     if len(shots) < 3:
         return math.nan, math.nan, math.nan
@@ -200,7 +201,7 @@ def power_law(shots: Sequence[float], errors: Sequence[float]) -> tuple[float, f
     return tuple(map(float, fitted))
 
 
-def forecast(hits: Mapping[float, pd.Series], at: Sequence[float], draws: int = 200, seed: int = 0) -> pd.DataFrame:
+def forecast(hits: Mapping[Number, pd.Series], at: Sequence[Number], draws: int = 200, seed: int = 0) -> pd.DataFrame:
     """Accuracy at other numbers of shots by a `power_law` through cross-validated ones, in [0, 1], and 95 % intervals.
 
     A row for each of `at`: `mean`, `low`, `high`, and the same of the gain over the first of them, `gain_mean`, ….
