@@ -1,5 +1,8 @@
 """Advice from labelled images alone: its parts, and over hundreds of draws whether it is right and its promise kept."""
 
+from dataclasses import replace
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,6 +14,108 @@ from lib import advice, metrics, tasks
 # AMU-Tuning stands here as its convex head and its fusion with beta chosen: a fit takes a fifth of `amu_convex`'s.
 AMU, GDA = "convex_head/uncertain@aux", "gda"
 CANDIDATES = ["zero_shot", GDA, "gda@aux", "gda/uncertain@aux", "cache/uncertain@aux", AMU]
+
+
+CHEAP = ["zero_shot", "gda", "gda@aux", "cache/uncertain@aux"]
+
+
+@pytest.mark.parametrize(("shots", "n_val", "count"), [(4, 10, 8), (8, 20, 4), (1, 5, 8), (2, 0, 8)])
+def test_folds_take_of_each_class_as_many(make_task, shots, n_val, count):
+    task = make_task(shots=shots, n_val=n_val)
+    y, fold = advice.labelled(task).y, advice.folds(task, count)
+    sizes = torch.zeros(5, int(fold.max()) + 1, dtype=torch.long).index_put((y, fold), torch.tensor(1), accumulate=True)
+    assert (sizes == sizes[0]).all() and (sizes > 0).all()
+    assert sizes.shape[1] == max(2, min(count, shots))
+    for k in range(sizes.shape[1]):
+        part = advice.without(task, fold == k)
+        assert (part.counts == part.counts[0]).all() and part.counts[0] >= 1
+        assert len(part.support) + len(part.val or ()) + len(part.test) == len(y)
+
+
+def test_an_image_alone_in_its_class_is_never_held_out(make_task):
+    task = make_task(shots=2, n_val=0)
+    alone = replace(task, support=task.support.rows(torch.arange(1, 10)))
+    full = advice.nested_cv(alone, ["gda"], 8)
+    assert full.fold.tolist()[0] == -1 and full.logits["gda"][0].isnan().all()
+    assert full.hits.index.tolist() == list(range(1, 9)), "of the classes with two"
+    with pytest.raises(ValueError, match="no class has two labelled images"):
+        advice.nested_cv(make_task(shots=1, n_val=0), ["gda"])
+
+
+def test_no_answer_knows_its_label_or_a_test_label(make_task):
+    """A fold's answers stay the same whatever the labels of its images, and of the test images, are."""
+    task = make_task(shots=4, n_val=20)
+    full, size = advice.nested_cv(task, CHEAP, 4), len(task.support)
+    held = full.fold == 1
+    y = torch.where(held, (full.y + 1) % 5, full.y)
+    test = replace(task.test, y=(task.test.y + 1) % 5)
+    other = replace(task, support=replace(task.support, y=y[:size]), val=replace(task.val, y=y[size:]), test=test)
+    for name in CHEAP:
+        logits = advice.fit(name, advice.without(other, held)).logits(advice.without(other, held).test)
+        assert torch.equal(logits, full.logits[name][held]), name
+
+
+def test_a_shorter_ladder_has_fewer_images_and_the_same_folds(make_task):
+    task = make_task(shots=8)
+    full, few = advice.nested_cv(task, ["gda@aux"], 4), advice.nested_cv(task, ["gda@aux"], 4, shots=2)
+    assert (full.shots, few.shots) == (6, 2) and torch.equal(full.fold, few.fold)
+    assert full.hits.mean().item() > few.hits.mean().item() - 0.1
+
+
+def flips(rng, images, rates):
+    return pd.DataFrame({name: rng.random(images) < rate for name, rate in rates.items()}).astype(float)
+
+
+def test_the_leader_is_ahead_only_of_what_it_clearly_beats():
+    hits = flips(np.random.default_rng(0), 400, {"best": 0.8, "near": 0.79, "far": 0.5})
+    table = advice.lead(hits)
+    assert advice.recommend(hits) == "best" and table["verdict"].to_dict() == {"near": "tie", "far": "ahead"}
+    sure = advice.lead(pd.DataFrame({"all": np.ones(30), "same": np.ones(30), "none": np.zeros(30)}))
+    assert sure["verdict"].to_dict() == {"same": "tie", "none": "ahead"} and sure.loc["same", "p"] == 1
+
+
+def test_optimism_is_what_choosing_among_equals_adds():
+    rng, y = np.random.default_rng(1), [0] * 100
+    alike = [flips(rng, 100, {str(i): 0.7 for i in range(8)}) for _ in range(60)]
+    truth = np.mean([hits.mean().max() - 0.7 for hits in alike])
+    assert np.mean([advice.optimism(hits, y) for hits in alike]) == pytest.approx(truth, rel=0.5)
+    assert advice.optimism(alike[0][["0"]], y) == pytest.approx(0, abs=0.01), "one candidate is not chosen"
+
+
+def test_the_expected_accuracy_follows_the_power_law_and_its_ends():
+    rng = np.random.default_rng(2)
+    hits, few = (flips(rng, 40_000, {"a": 1 - 0.4 * k**-0.5}) for k in (7, 2))
+    promise = advice.expected_accuracy(hits, [0] * len(hits), "a", {7: hits["a"], 2: few["a"]}, 8)
+    assert promise["mean"] == pytest.approx(1 - 0.4 * 8**-0.5, abs=0.005) and promise["gain"] > 0.005
+    assert promise["low"] < promise["mean"] < promise["high"]
+    perfect = pd.DataFrame({"a": np.ones(20)})
+    promise = advice.expected_accuracy(perfect, [0] * 20, "a", {4: perfect["a"]}, 5)
+    assert promise["mean"] == promise["high"] == 1 and 0.7 < promise["low"] < 0.9, "20 of 20 prove no 100 %"
+
+
+def test_wilson_is_scipys():
+    interval = binomtest(37, 50).proportion_ci(method="wilson")
+    assert advice.wilson(37 / 50, 50) == pytest.approx((interval.low, interval.high))
+
+
+def test_a_power_law_comes_back_and_forecasts():
+    sizes = [1, 2, 4, 8, 16]
+    errors = [0.1 + 0.4 * k**-0.7 for k in sizes]
+    assert advice.power_law(sizes, errors) == pytest.approx((0.1, 0.4, 0.7), abs=1e-3)
+    assert all(np.isnan(advice.power_law(sizes[:2], errors[:2])))
+    rng = np.random.default_rng(3)
+    hits = {k: flips(rng, 4000, {"a": 1 - e})["a"] for k, e in zip(sizes, errors, strict=True)}
+    ahead = advice.forecast(hits, [16, 32, 64], draws=40)
+    assert (ahead["low"] <= ahead["mean"]).all() and (ahead["mean"] <= ahead["high"]).all()
+    assert ahead.loc[16, ["gain_mean", "gain_low", "gain_high"]].tolist() == [0, 0, 0]
+    assert ahead.loc[32, "low"] <= 0.9 - 0.4 * 32**-0.7 <= ahead.loc[32, "high"]
+
+
+def test_a_wrong_label_has_the_lowest_margin_and_pairs_are_counted_once():
+    y, logits = torch.tensor([0, 1, 2, 1]), torch.tensor([[4.0, 0, 0], [0, 3, 0], [5, 0, 0], [2, 1, 0]])
+    assert advice.margins(logits, y).argsort().tolist() == [2, 3, 1, 0]
+    assert advice.confused(logits, y).to_dict() == {(0, 2): 1, (0, 1): 1}
+    assert advice.confused(logits[:2], y[:2]).empty
 
 
 def draw(source, shots, seed, val_shots=2):
@@ -75,3 +180,11 @@ def test_the_advice_is_right_and_its_promise_kept():
     assert table["regret"].mean() < min(table["AMU"].mean(), table["GDA"].mean())
     assert table["among the best"].mean() > 0.8
     table.to_pickle("/tmp/advice.pkl")
+
+
+def test_the_advice_on_a_few_draws_of_digits():
+    source = tasks.load_source("digits")
+    table = pd.DataFrame([follow(draw(source, 4, seed), [*CHEAP, AMU]) for seed in range(1000, 1006)])
+    assert table["kept"].sum() >= 4 and table["among the best"].sum() >= 4
+    assert table["regret"].mean() < table["AMU"].mean(), "on digits GDA is better"
+    assert table["half"].between(0.03, 0.2).all()
