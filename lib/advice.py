@@ -46,7 +46,7 @@ def places(y: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
 
 
 def folds(task: FewShotTask, count: int) -> Int64[Tensor, " n"]:
-    """Fold of each labelled image; as many folds as shots, at least 2 and at most `count`, of each class alike.
+    """Fold of each labelled image; as many folds as a class has images, at most `count`, and of each class alike.
 
     Were the held-out image its class's only loss, caches and priors would lean to the other classes in every fold. An
     image that is alone in its class has -1: without it there would be nothing to learn the class from.
@@ -56,7 +56,7 @@ def folds(task: FewShotTask, count: int) -> Int64[Tensor, " n"]:
     order = torch.cat([order[order < size], order[order >= size]])
     place = torch.empty_like(y)
     place[order] = places(y[order])
-    return torch.where(torch.bincount(y)[y] > 1, place % max(2, min(count, task.shots)), -1)
+    return torch.where(torch.bincount(y)[y] > 1, place % min(max(2, count), int(place.max()) + 1), -1)
 
 
 def without(task: FewShotTask, held: Bool[Tensor, " n"], shots: int | None = None) -> FewShotTask:
