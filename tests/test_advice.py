@@ -167,7 +167,7 @@ def test_the_advice_is_right_and_its_promise_kept():
     rows = []
     for name, number in draws.items():
         source = tasks.load_source(name)
-        for seed in range(number):
+        for seed in range(5000, 5000 + number):  # not the draws that advice.DRAW was measured on
             shots = (2, 4, 8)[seed % 3]
             rows.append({"data": source.name, "shots": shots} | follow(draw(source, shots, seed), CANDIDATES))
     table = pd.DataFrame(rows)
