@@ -190,7 +190,7 @@ def wilson(mean: float, n: Number, z: float = Z) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def power_law(shots: Sequence[Number], errors: Sequence[float]) -> tuple[float, float, float]:
+def power_law(shots: Sequence[Number], errors: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Least-squares a, b, c of error = a + b shots^-c, all at least 0 and c at most 2; NaN with fewer than 3 points."""
     if len(shots) < 3:
         return math.nan, math.nan, math.nan
