@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     _encoder_options(add)
     add = command(_fit, "fit a method on a data set and save it")
     add("dataset", help="csv:PATH, folder:PATH, dtd, …")
-    add("--method", default="amu", help="(default: amu)")
+    add("--method", default="amu", help="amu, gda@aux for GDA on the second encoder, … (default: amu)")
     add("--to", type=Path, required=True, help="folder of the saved method")
     add("--shots", default="all", help="labelled images of a class to learn from (default: all)")
     add("--seed", type=int, default=1, help="draws them (default: 1)")
@@ -203,9 +203,9 @@ def _start(folder: Path, table: Path | None, clip: str, aux: str, device: str) -
 def _fit(dataset: str, method: str, to: Path, shots: str, seed: int, val_shots: int, protocol: str, **how: str) -> None:
     from scipy.stats import binomtest
 
-    from lib import methods, metrics, saved, tasks
+    from lib import advice, metrics, saved, tasks
 
-    fitted = methods.build(method, protocol)
+    fitted = advice.build(method, protocol)
     saved.check(fitted, to)
     if shots != "all" and not shots.isdecimal():
         raise ValueError(f"--shots is a number or all, not {shots!r}")

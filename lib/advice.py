@@ -76,9 +76,15 @@ def without(task: FewShotTask, held: Bool[Tensor, " n"], shots: int | None = Non
     return replace(task, **parts, views=(), rows=None)
 
 
+def build(candidate: str, protocol: str = "val") -> methods.Method:
+    """A method by name, see `methods.build`; `gda@aux` is GDA on the features `aux`."""
+    name, at, features = candidate.partition("@")
+    return methods.build(name, protocol, **({"features": features} if at else {}))
+
+
 def fit(candidate: str, task: FewShotTask, protocol: str = "val") -> methods.Method:
     """A fitted candidate; without validation images its hyper-parameters are the published constants."""
-    return methods.build(candidate, protocol if task.val or protocol == "oracle" else "fixed").fit(task)
+    return build(candidate, protocol if task.val else "fixed").fit(task)
 
 
 @dataclass(frozen=True)

@@ -221,13 +221,10 @@ def choose(
 def build(name: str, protocol: str = "val", **fixed_params: object) -> Method:
     """A method by name: a key of `METHODS`, or `predictor/fusion` with keys of `PREDICTORS` and `fusion.FUSIONS`.
 
-    `gda@aux` is short for `features="aux"`. `fixed_params` hold hyper-parameters at a value, which are then not chosen.
-    Unknown names raise a ValueError.
+    `fixed_params` hold hyper-parameters at a value, which are then not chosen. Unknown names raise a ValueError.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is one of {', '.join(PROTOCOLS)}, not {protocol!r}")
-    name, at, features = name.partition("@")
-    fixed_params |= {"features": features} if at else {}
     predictor, slash, rule = name.partition("/")
     parts = ((predictor, PREDICTORS, "predictor"), (rule, fusion.FUSIONS, "fusion"))
     for part, table, what in parts if slash else ((name, METHODS, "method"),):

@@ -67,7 +67,7 @@ def flips(rng, images, rates):
 
 
 def test_the_leader_is_ahead_only_of_what_it_clearly_beats():
-    hits = flips(np.random.default_rng(0), 400, {"best": 0.84, "near": 0.81, "far": 0.5})
+    hits = flips(np.random.default_rng(2), 400, {"best": 0.84, "near": 0.81, "far": 0.5})
     table = advice.lead(hits)
     assert advice.recommend(hits) == "best" and table["verdict"].to_dict() == {"near": "tie", "far": "ahead"}
     sure = advice.lead(pd.DataFrame({"all": np.ones(30), "same": np.ones(30), "none": np.zeros(30)}))
