@@ -211,23 +211,19 @@ def forecast(hits: Mapping[Number, pd.Series], at: Sequence[Number], draws: int 
     """Accuracy at other numbers of shots by a `power_law` through cross-validated ones, in [0, 1], and 95 % intervals.
 
     A row for each of `at`: `mean`, `low`, `high`, and the same of the gain over the first of them, `gain_mean`, ….
-    `hits` has the same images at each number of shots. The intervals are those of laws refitted to images drawn anew,
-    widened by DRAW; they do not know whether the law still holds out there.
+    `hits` has the same images at each number of shots. The variance is that of laws refitted to images drawn anew, and
+    what the draw adds (DRAW - 1) to a fit now and to one then. It does not know whether the law holds out there.
     """
-    table, sizes, rng = (
-        np.stack([part.to_numpy() for part in hits.values()], axis=1),
-        list(hits),
-        np.random.default_rng(seed),
-    )
+    table, rng = np.stack([part.to_numpy() for part in hits.values()], axis=1), np.random.default_rng(seed)
     samples = [slice(None), *(rng.integers(len(table), size=len(table)) for _ in range(draws))]
-    laws = [power_law(sizes, 1 - table[rows].mean(axis=0)) for rows in samples]
+    laws = [power_law(list(hits), 1 - table[rows].mean(axis=0)) for rows in samples]
     values = np.array([1 - _law(np.array(at), *law) for law in laws])
+    drawn = 2 * (DRAW - 1) * values[0] * (1 - values[0]) / len(table)
     columns = {}
-    for prefix, drawn, least in (("", values, 0.0), ("gain_", values - values[:, :1], -1.0)):
-        columns[f"{prefix}mean"] = drawn[:1].mean(axis=0)
-        for name, q in (("low", 0.025), ("high", 0.975)):
-            wide = drawn[0] + DRAW**0.5 * (np.quantile(drawn[1:], q, axis=0) - drawn[0])
-            columns[f"{prefix}{name}"] = wide.clip(least, 1)
+    for prefix, part, least in (("", values, 0.0), ("gain_", values - values[:, :1], -1.0)):
+        half = Z * np.sqrt(part[1:].var(axis=0) + drawn)
+        columns |= {f"{prefix}mean": part[0], f"{prefix}low": (part[0] - half).clip(least, 1)}
+        columns |= {f"{prefix}high": (part[0] + half).clip(least, 1)}
     return pd.DataFrame(columns, index=list(at))
 
 
