@@ -187,6 +187,7 @@ def expected_accuracy(
     mean, n = float(np.clip(1 - left - lucky, 0, 1)), len(value)
     spread = max(value.var() / max(mean * (1 - mean), 1e-12), 1.0) if mean < 1 else 1.0
     low, high = wilson(mean, n / spread / DRAW)
+    high = high if rate > 0 else 1.0  # without an error nothing speaks against 100 %
     return {"mean": mean, "low": low, "high": high, "images": n, "optimism": lucky, "gain": float(rate - left)}
 
 

@@ -88,9 +88,9 @@ def test_the_expected_accuracy_follows_the_power_law_and_its_ends():
     promise = advice.expected_accuracy(hits, [0] * len(hits), "a", {7: hits["a"], 2: few["a"]}, 8)
     assert promise["mean"] == pytest.approx(1 - 0.4 * 8**-0.5, abs=0.005) and promise["gain"] > 0.005
     assert promise["low"] < promise["mean"] < promise["high"]
-    perfect = pd.DataFrame({"a": np.ones(20)})
+    perfect = pd.DataFrame({"a": np.ones(20), "b": [1.0] * 19 + [0]})
     promise = advice.expected_accuracy(perfect, [0] * 20, "a", {4: perfect["a"]}, 5)
-    assert promise["mean"] == promise["high"] == 1 and 0.7 < promise["low"] < 0.9, "20 of 20 prove no 100 %"
+    assert promise["mean"] == promise["high"] == 1.0 and 0.7 < promise["low"] < 0.9, "20 of 20 prove no 100 %"
 
 
 def test_wilson_is_scipys():
