@@ -159,7 +159,7 @@ def optimism(hits: pd.DataFrame, y: Sequence[int], draws: int = 300, seed: int =
         weight[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws)
     drawn = weight @ table / len(table)
     best = drawn.argmax(axis=1)
-    return float((drawn.max(axis=1) - table.mean(axis=0)[best]).mean())
+    return max(0.0, float((drawn.max(axis=1) - table.mean(axis=0)[best]).mean()))
 
 
 def expected_accuracy(
