@@ -44,10 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     _encoder_options(add)
     add = command(_fit, "fit a method on a data set and save it")
     add("dataset", help="csv:PATH, folder:PATH, dtd, …")
-    add("--method", default="amu", help="(default: amu)")
+    add("--method", default="amu", help="amu, gda@aux for GDA on the second encoder, … (default: amu)")
     add("--to", type=Path, required=True, help="folder of the saved method")
     add("--shots", default="all", help="labelled images of a class to learn from (default: all)")
     add("--seed", type=int, default=1, help="draws them (default: 1)")
+    add("--val-shots", type=int, default=4, help="images of a class to choose on, never more than shots (default: 4)")
     add("--protocol", default="val", help="how hyper-parameters are chosen: val, fixed or oracle (default: val)")
     add("--templates", default="auto", help="prompts: auto, 7, 80 or a file")
     _encoder_options(add)
@@ -201,18 +202,18 @@ def _start(folder: Path, table: Path | None, clip: str, aux: str, device: str) -
     print(f"next: python -m lib {shlex.join(words)}")
 
 
-def _fit(dataset: str, method: str, to: Path, shots: str, seed: int, protocol: str, **how: str) -> None:
+def _fit(dataset: str, method: str, to: Path, shots: str, seed: int, val_shots: int, protocol: str, **how: str) -> None:
     from scipy.stats import binomtest
 
-    from lib import methods, metrics, saved, tasks
+    from lib import advice, metrics, saved, tasks
 
-    fitted = methods.build(method, protocol)
+    fitted = advice.build(method, protocol)
     saved.check(fitted, to)
     if shots != "all" and not shots.isdecimal():
         raise ValueError(f"--shots is a number or all, not {shots!r}")
     source = tasks.load_source(dataset, how.pop("clip"), how.pop("aux"), **how)
     largest = int(source.parts["train"][0].y.bincount().max())
-    task = tasks.sample(source, *((largest, seed, 0) if shots == "all" else (int(shots), seed)))
+    task = tasks.sample(source, *((largest, seed, 0) if shots == "all" else (int(shots), seed, val_shots)))
     fitted.fit(task).save(to)
     print(f"{fitted.entry.title}: fitted on {len(task.support)} images of {task.num_classes} classes")
     if fitted.chosen_:

@@ -1,10 +1,14 @@
 """Every notebook runs headless with small parameters, and its recorded numbers are what they must be."""
 
+import shlex
+
 import pytest
 import torch
 from conftest import ROOT
 
-from lib import features, fusion, records, runs, tasks
+from lib import features, fusion, methods, records, runs, tasks
+from lib.__main__ import main
+from lib.metrics import class_accuracy
 
 SMALL = {
     "00_extract_features": {"picture": 200},
@@ -37,6 +41,11 @@ SMALL = {
     "08_trust_the_confidence": {"shifts": "shapes-corrupted-5", "shots": 4, "seeds": 2, "epochs": 4},
     "09_detect_the_unknown": {"shots": 4, "seeds": 2, "epochs": 4},
     "10_estimate_accuracy": {"dataset": "digits", "shots": 4, "seeds": 2, "epochs": 4},
+    "20_advise_on_your_images": {
+        "dataset": "digits",
+        "shots": 4,
+        "only": "zero_shot,gda,gda@aux,convex_head/uncertain",
+    },
 }
 
 
@@ -453,3 +462,32 @@ def test_08_to_10_on_a_bank_of_two_classes(record, tmp_path):
     assert set(metrics["verdicts"]["as it is"].values()) == {"–"}
     metrics = record("10_estimate_accuracy", dataset=banks["none"], protocol="fixed", **few)
     assert set(metrics["signed"]) == {"mean confidence"}
+
+
+def test_20_advise_on_your_images(tmp_path):
+    """The saved method is the one that was judged, and the recommended command makes the same."""
+    name, folder = "20_advise_on_your_images", tmp_path / "advice"
+    metrics = runs.execute(name, SMALL[name], folder)["metrics"]
+    promise, test, best = metrics["promise"], metrics["test"], metrics["recommended"]
+    assert best == max(metrics["cross_validated"], key=metrics["cross_validated"].get) != "zero_shot"
+    assert promise["low"] < promise["mean"] < promise["high"] and promise["images"] == 80
+    assert metrics["kept"] == (promise["low"] <= test[best] <= promise["high"])
+    assert metrics["regret"] == pytest.approx(max(test.values()) - test[best])
+    assert metrics["leads"]["zero_shot"]["verdict"] == "ahead"
+    assert all(gain["low"] <= gain["mean"] <= gain["high"] for gain in metrics["more"].values()) and metrics["more"]
+    assert metrics["planted"][0] / metrics["planted"][1] > 0.5 and metrics["suspects"][0]["image"].endswith(".png")
+    advised, judge = methods.load(folder / "method"), tasks.load_source("digits").test
+    by_class = class_accuracy(advised.logits(judge), judge.y)
+    assert by_class.mean().item() == pytest.approx(test[best], abs=1e-6), "balanced labels weigh classes equally"
+    words = shlex.split(metrics["command"])
+    assert words[:3] == ["python", "-m", "lib"] and words[-2] == "--to"
+    assert main([*words[3:-1], str(tmp_path / "again")]) == 0
+    assert torch.equal(methods.load(tmp_path / "again").logits(judge), advised.logits(judge))
+
+
+def test_20_advise_on_a_bank_of_real_features_with_two_second_encoders(caltech70, tmp_path):
+    changes = {"dataset": f"features:{caltech70}", "shots": 2, "candidates": "aux_mobilenet_v2,aux_inat_bird"}
+    metrics = runs.execute("20_advise_on_your_images", changes | {"only": "zero_shot,gda@aux"}, tmp_path)["metrics"]
+    assert set(metrics["test"]) == {"zero_shot", "gda@aux on mobilenet_v2", "gda@aux on inat_bird"}
+    assert metrics["cross_validated"]["zero_shot"] > 0.85 and "row" in metrics["suspects"][0]
+    assert "image" not in metrics["suspects"][0], "a bank has no pictures"

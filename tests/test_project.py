@@ -53,6 +53,7 @@ ORDER = [
     "predictors",
     "saved",
     "methods",
+    "advice",
     "predict",
     "figures",
     "runs",
@@ -179,7 +180,7 @@ def test_lib_imports_no_script_of_data():
 
 def test_lib_stays_thin():
     lines = {name: len(path.read_text().splitlines()) for name, path in LIB.items()}
-    assert sum(lines.values()) < 7200
+    assert sum(lines.values()) < 7400
     assert {name: count for name, count in lines.items() if count > 330} == {}
     assert sum(lines[name] for name in READ_FIRST) < 1500
 
