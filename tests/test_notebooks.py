@@ -333,6 +333,7 @@ def test_07_on_a_bank_of_real_features(record, caltech70):
     assert metrics["base_to_new"]["as it is"]["zero_shot"]["H"] > 94
 
 
+@pytest.mark.stress
 def test_07_on_two_classes_and_one_draw(record, tmp_path):
     text, generator = torch.eye(2, 6), torch.Generator().manual_seed(0)
     labels = {part: torch.arange(size) % 2 for part, size in (("train", 8), ("val", 8), ("test", 20))}
@@ -446,6 +447,7 @@ def test_08_and_10_on_a_bank_of_real_features(record, caltech70, notebook):
         assert metrics["accuracy"]["caltech70"] == pytest.approx(94.46, abs=0.01)
 
 
+@pytest.mark.stress
 def test_08_to_10_on_a_bank_of_two_classes(record, tmp_path):
     """Two classes, a few images, one draw, once without validation images: what does not exist is null."""
     text, noise, banks = torch.eye(2, 6), torch.Generator().manual_seed(0), {}
