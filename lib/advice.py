@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lib import methods, metrics, statistics
-from lib.tasks import FewShotTask, Split
+from lib.splits import Split, places
+from lib.tasks import FewShotTask
 
 Number = float | int
 Z = float(stats.norm.ppf(0.975))
@@ -38,11 +39,6 @@ def labelled(task: FewShotTask) -> Split:
         return task.support
     pairs = ((getattr(part, name) for part in (task.support, task.val)) for name in ("clip", "aux", "y", "zero_shot"))
     return Split(*(torch.cat([*pair]) for pair in pairs))
-
-
-def places(y: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
-    """Place of each row among those of its class: 0 for the first."""
-    return one_hot(y).cumsum(0).gather(1, y[:, None])[:, 0] - 1 if len(y) else y
 
 
 def folds(task: FewShotTask, count: int) -> Int64[Tensor, " n"]:

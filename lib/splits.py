@@ -39,6 +39,13 @@ class Split:
         return Split(self.clip[index], self.aux[index], self.y[index], self.zero_shot[index], self.classes)
 
 
+def places(y: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """Place of each row among those of its class: 0 for the first."""
+    order, sizes, place = y.argsort(stable=True), torch.bincount(y), torch.empty_like(y)
+    place[order] = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[order]]
+    return place
+
+
 def tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.tensor(np.ascontiguousarray(values))
 

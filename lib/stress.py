@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lib.splits import Split
+from lib.splits import Split, places
 from lib.tasks import FewShotTask
 
 
@@ -22,7 +22,7 @@ def subset_support(task: FewShotTask, counts: Int64[Tensor, " C"]) -> FewShotTas
     if len(wrong):
         name, asked, has = task.classnames[wrong[0]], int(counts[wrong[0]]), int(task.counts[wrong[0]])
         raise ValueError(f"{asked} support images of class {name!r} asked for, {task.name} has {has}")
-    rows = (_place_in_class(task.support.y) < counts[task.support.y]).nonzero()[:, 0]
+    rows = (places(task.support.y) < counts[task.support.y]).nonzero()[:, 0]
     support, views = task.support.rows(rows), tuple(view.rows(rows) for view in task.views)
     return replace(task, support=support, views=views, shots=int(counts.max()), rows=None)
 
@@ -37,7 +37,7 @@ def with_label_noise(task: FewShotTask, share: float, generator: torch.Generator
         raise ValueError(f"share of wrong labels is in [0, 1], not {share}")
     y = task.support.y
     order = torch.randperm(len(y), generator=generator)
-    order = order[_place_in_class(y[order]).argsort(stable=True)]  # one of each class, then another of each
+    order = order[places(y[order]).argsort(stable=True)]  # one of each class, then another of each
     sizes = range(round(share * len(y)), -1, -1)
     m = next(m for m in sizes if 2 * torch.bincount(y[order[:m]], minlength=1).max() <= m)
     right = y[order[:m]]
@@ -81,11 +81,3 @@ def subset_classes(task: FewShotTask, classes: Int64[Tensor, " c"]) -> FewShotTa
         views=tuple(part(view) for view in task.views),
         rows=None,
     )
-
-
-def _place_in_class(y: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
-    """How many rows of its class stand before each row."""
-    order, sizes = y.argsort(stable=True), torch.bincount(y)
-    place = torch.empty_like(y)
-    place[order] = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[order]]
-    return place

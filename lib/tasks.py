@@ -257,6 +257,4 @@ def _draw_rows(y: Int64[Tensor, " n"], count: int, generator: torch.Generator) -
     """The first `count` rows (or all) of each class in a random order, class by class."""
     order = torch.randperm(len(y), generator=generator)
     order = order[torch.argsort(y[order], stable=True)]
-    sizes = torch.bincount(y)
-    place = torch.arange(len(y)) - (sizes.cumsum(0) - sizes)[y[order]]
-    return order[place < count]
+    return order[splits.places(y[order]) < count]
