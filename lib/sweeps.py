@@ -62,6 +62,8 @@ def _block(number: int, entry: object) -> Block:
     seeds = {"seeds": entry["seeds"]} if "seeds" in entry else {}
     if twice := [name for name in (*fixed, *seeds) if name in grid or (name in fixed and name in seeds)]:
         raise ValueError(f"{where}: {twice[0]} is given twice")
+    if not grid:
+        raise ValueError(f"{where} has no grid, so no runs; a single one is python -m lib run {notebook}")
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{where}: the grid of {name} must be a list of values, not {values!r}")

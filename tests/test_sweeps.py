@@ -124,6 +124,7 @@ def test_a_sweep_is_checked_before_anything_runs(tmp_path, monkeypatch):
         ({"fixed": {"shots": 3}}, "block 1: shots is given twice"),
         ({"fixed": {"seeds": 3}}, "block 1: seeds is given twice"),
         ({"seeds": 0}, "seeds must be at least 1, not 0"),
+        ({"grid": {}}, "block 1 has no grid, so no runs"),
         ({"grid": {"shots": 4}}, "the grid of shots must be a list of values, not 4"),
         ({"grid": {"shots": [4, 4]}}, "the grid of shots has a value twice"),
         ({"grid": {"shots": ["4"]}}, "shots must be int, not str '4'"),
