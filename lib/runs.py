@@ -175,8 +175,8 @@ def execute(notebook: str, parameters: Mapping[str, object], folder: Path, attem
     ValueError or OSError inside the notebook, is raised as ValueError, anything else as RunFailed.
     """
     checked = check_parameters(notebook, parameters)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # its bars are widgets in a kernel, and stall without a browser
     here = {"LOGIT_BIAS_CWD": str(Path.cwd())}  # the kernel runs in ROOT; relative paths are the caller's
+    here |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # its bars are widgets in a kernel, and stall without a browser
     if driver := os.environ.get("LOGIT_BIAS_DRIVER"):
         threading.Thread(target=_end_with, args=[int(driver)], daemon=True).start()
     with locked(folder, "--folder"), patch.dict(os.environ, here | {"LOGIT_BIAS_RUN": str(folder.resolve())}):
